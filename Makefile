@@ -1,0 +1,51 @@
+# Every target works from a clean clone with Python and make; each installs what it needs into .venv first.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint types bench demo clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@echo "  ARGS=... is passed on to pytest, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
+
+setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
+
+test: lint types setup  ## Lint, check types, run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## Run ruff
+	$(BIN)/python -m ruff check .
+
+types: setup  ## Run mypy on the package
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
+	$(BIN)/python benchmarks/bench_loss.py $(ARGS)
+
+demo: $(VENV)/.installed-examples  ## Train on scikit-learn's digits and plot the result
+	$(BIN)/python examples/digits_demo.py $(ARGS)
+
+clean:  ## Remove .venv, caches and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: Python 3.10 or newer is needed; name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	    { echo "error: $(PYTHON) cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; \
+	      exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# One stamp for each extra of pyproject.toml. `dev` contains the others, so it brings their stamps along.
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing genscl-loss[$*] into $(VENV) (minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable '.[$*]' --constraint constraints.txt
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.installed-bench $(VENV)/.installed-examples)

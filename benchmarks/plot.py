@@ -1,0 +1,101 @@
+"""Draw what bench_loss.py measured: time and extra memory against N, both axes logarithmic.
+
+    python benchmarks/plot.py benchmarks/results/local/bench_loss.json     # writes the PNG next to it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+# Ours in blue, others in warm colours, yardsticks in grey. "auto" lies on another backend: drawn last, thin and dark.
+STYLES: dict[str, dict[str, Any]] = {
+    "tiled": {"color": "#4c9be8", "linewidth": 4},
+    "dense": {"color": "#9cc7f2", "linewidth": 4},
+    "triton": {"color": "#2a6fb0", "linewidth": 4},
+    "auto": {"color": "#0b2e59", "linewidth": 1.6, "marker": "o", "markersize": 4, "zorder": 5},
+    "plain": {"color": "#c0392b", "linewidth": 2, "marker": "s", "markersize": 4},
+    "compiled": {"color": "#e67e22", "linewidth": 2, "marker": "^", "markersize": 5},
+    "lean": {"color": "#8e44ad", "linewidth": 2, "marker": "v", "markersize": 5},
+    "pml": {"color": "#b7950b", "linewidth": 2, "marker": "D", "markersize": 4},
+    "lse": {"color": "#555555", "linewidth": 1.2, "linestyle": "--"},
+    "mm": {"color": "#555555", "linewidth": 1.2, "linestyle": ":"},
+}
+SETTING = ("d", "c", "labels", "dtype")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """One row of panels (time, memory) for each setting that was measured at two sizes or more, or else for all."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    settings = list(group(report["results"]).values())
+    sweeps = [rows for rows in settings if len({row["n"] for row in rows}) > 1] or settings
+    figure = Figure(figsize=(11, 1.2 + 3.6 * len(sweeps)), layout="constrained")
+    panels = figure.subplots(len(sweeps), 2, squeeze=False)
+    handles: dict[str, Any] = {}
+    for rows, (time_axes, memory_axes) in zip(sweeps, panels, strict=True):
+        name = "D={d}, C={c}, {labels} labels, {dtype}".format(**rows[0])
+        handles |= lines(time_axes, rows, "total_ms")
+        handles |= lines(memory_axes, rows, "extra_bytes")
+        finish(time_axes, f"Forward + backward\n{name}", "milliseconds", rows)
+        finish(memory_axes, f"Peak extra memory\n{name}", "MB", rows)
+    ordered = {key: handles[key] for key in STYLES if key in handles}
+    titles = {row["method"]: row["title"] for row in report["results"]}
+    figure.legend(ordered.values(), [titles[key] for key in ordered], loc="outside right upper", frameon=False)
+    figure.suptitle(headline(report), fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def group(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for row in results:
+        groups[tuple(row[key] for key in SETTING)].append(row)
+    return dict(groups)
+
+
+def lines(axes: Any, rows: list[dict[str, Any]], quantity: str) -> dict[str, Any]:
+    """Draw one line for each method that has this quantity; times with their quartiles as a band."""
+    handles = {}
+    for key, style in STYLES.items():
+        points = sorted((row["n"], row[quantity]) for row in rows if row["method"] == key and row[quantity])
+        if not points:
+            continue
+        sizes, values = zip(*points, strict=True)
+        if quantity == "total_ms":
+            low, values, high = zip(*values, strict=True)
+            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        else:
+            values = [value / 1e6 for value in values]
+        (handles[key],) = axes.plot(sizes, values, **({"marker": "."} if len(sizes) == 1 else {}) | style)
+    return handles
+
+
+def finish(axes: Any, title: str, unit: str, rows: list[dict[str, Any]]) -> None:
+    sizes = sorted({row["n"] for row in rows})
+    axes.set(xscale="log", yscale="log", xlabel="batch size N", ylabel=unit)
+    axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def headline(report: dict[str, Any]) -> str:
+    machine, versions = report["machine"], report["versions"]
+    chip = machine["gpu"] or f"{machine['cpu']} ({machine['threads']} of {machine['cores']} cores)"
+    return f"genscl-loss {versions['genscl-loss']} on {chip}, torch {versions['torch']}, {report['date'][:10]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that bench_loss.py wrote")
+    for path in parser.parse_args().results:
+        draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        print(f"written: {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

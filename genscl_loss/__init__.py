@@ -1,0 +1,21 @@
+"""Generalized supervised contrastive loss for PyTorch: hard labels, soft labels or none, exact, in linear memory."""
+
+from genscl_loss.functional import available_backends, collapsed_loss, gen_supcon_loss, validate
+from genscl_loss.labels import cutmix, mixup, mixup_cutmix, smooth_labels, teacher_labels
+from genscl_loss.module import GenSupConLoss
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "GenSupConLoss",
+    "__version__",
+    "available_backends",
+    "collapsed_loss",
+    "cutmix",
+    "gen_supcon_loss",
+    "mixup",
+    "mixup_cutmix",
+    "smooth_labels",
+    "teacher_labels",
+    "validate",
+]

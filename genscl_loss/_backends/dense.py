@@ -1,0 +1,37 @@
+"""The readable reference: the equation as it stands, on one A x M matrix of logits and one of label similarities.
+
+Plain torch operations, so differentiable as often as wanted; fastest while the matrices are small, because both
+halves of the loss then share every pass over them.
+"""
+
+import torch
+from torch import Tensor
+
+from genscl_loss._library import matmul
+
+
+def log_softmax(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None) -> Tensor:
+    """Logarithm of exp(s_ij) / sum_{k != self} exp(s_ik) with s_ij = scale * anchors_i . contrasts_j.
+
+    Args:
+        anchors: (A, D).
+        contrasts: (M, D).
+        scale: 0-dim, one over the temperature.
+        self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
+
+    Returns:
+        (A, M); meaningless, but finite, in the self terms.
+    """
+    logits = matmul(anchors * scale, contrasts.T)
+    if self_offset is not None:
+        # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
+        # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
+        selves = torch.zeros_like(logits, dtype=torch.bool)
+        selves.diagonal(self_offset).fill_(True)
+        logits = logits.masked_fill(selves, torch.finfo(logits.dtype).min)
+    return logits.log_softmax(1)
+
+
+def cross_entropy(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """-sum_j w_ij log p_ij and sum_j w_ij, for weights (A, M) with zeros in the self terms."""
+    return -(weights * log_p).sum(1), weights.sum(1)

@@ -1,0 +1,138 @@
+"""Linear memory: logits exist one tile at a time, and a tile stays in cache while it is exponentiated and used.
+
+Everything is in base 2 (`exp2` is several times faster than `exp`): with s the logits times log2(e),
+
+    lse_i = ln 2 * log2 sum_j 2^{s_ij}.
+
+In a self-contrast s is symmetric, so each tile above the diagonal serves its rows and, transposed, its columns, in both
+passes: half the products in the forward pass, three quarters in the backward pass. The gradient of row i is
+
+    dz_i = scale * sum_{j != i} (g_i 2^{s_ij - lse_i} + g_j 2^{s_ij - lse_j}) z_j.
+
+Exponentials need a shift. Where all logits provably fit (Cauchy-Schwarz, see `_shift`) one constant serves all rows and
+the two exponentials of the gradient become one; elsewhere each row keeps its running maximum.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE = 512  # edge of a tile: 1 MiB in float32, which two cores hold in their level-2 caches
+
+# Base-2 exponents, for each dtype: the largest that a term may have, which leaves room for sums over any number of
+# terms, and the smallest, which leaves 24 (53) bits below the largest term of a row before numbers become subnormal.
+_EXPONENT_RANGE = {torch.float32: (60.0, -102.0), torch.float64: (480.0, -960.0)}
+
+
+def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None) -> Tensor:
+    """Log-sum-exp of each row of logits without the self term; see `genscl_loss._backends.row_lse`."""
+    scaled = anchors * (scale * math.log2(math.e))
+    others = anchors if contrasts is None else contrasts
+    shift = _shift(scaled, others)
+    if shift is None:
+        return _online_lse(scaled, others, self_offset) * math.log(2)
+    total = scaled.new_zeros(scaled.shape[0])
+    for rows, cols, tile in _tiles(scaled, others, self_offset, half=contrasts is None):
+        terms = _exp2(tile, shift)
+        total[rows] += terms.sum(1)
+        if contrasts is None and rows != cols:
+            total[cols] += terms.sum(0)
+    return total.log2_().add_(shift).mul_(math.log(2))
+
+
+def row_lse_grad(
+    grad: Tensor,
+    lse: Tensor,
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    contrasts_need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts."""
+    scaled = anchors * (scale * math.log2(math.e))
+    lse = lse * math.log2(math.e)
+    if contrasts is None:
+        return _self_contrast_grad(grad, lse, anchors, scaled).mul_(scale), None
+    d_anchors = torch.zeros_like(anchors)
+    d_contrasts = torch.zeros_like(contrasts) if contrasts_need_grad else None
+    for rows, cols, tile in _tiles(scaled, contrasts, self_offset):
+        weights = tile.sub_(lse[rows, None]).exp2_().mul_(grad[rows, None])
+        d_anchors[rows].addmm_(weights, contrasts[cols])
+        if d_contrasts is not None:
+            d_contrasts[cols].addmm_(weights.T, anchors[rows])
+    return d_anchors.mul_(scale), None if d_contrasts is None else d_contrasts.mul_(scale)
+
+
+def _self_contrast_grad(grad: Tensor, lse: Tensor, z: Tensor, scaled: Tensor) -> Tensor:
+    shift = _shift(scaled, z)
+    factor = grad if shift is None else grad * (shift - lse).exp2()
+    dz = torch.zeros_like(z)
+    for rows, cols, tile in _tiles(scaled, z, 0, half=True):
+        if shift is None:
+            weights = (tile - lse[rows, None]).exp2_().mul_(factor[rows, None])
+            weights += tile.sub_(lse[cols]).exp2_().mul_(factor[cols])
+        else:
+            weights = _exp2(tile, shift).mul_(factor[rows, None] + factor[cols])
+        dz[rows].addmm_(weights, z[cols])
+        if rows != cols:
+            dz[cols].addmm_(weights.T, z[rows])
+    return dz
+
+
+def _online_lse(scaled: Tensor, others: Tensor, self_offset: int | None) -> Tensor:
+    """Base-2 log-sum-exp of each row with a running maximum, for logits of any size."""
+    largest = scaled.new_full(scaled.shape[:1], -torch.inf)
+    total = torch.zeros_like(largest)
+    for rows, _, tile in _tiles(scaled, others, self_offset):
+        new = torch.maximum(largest[rows], tile.amax(1))
+        safe = new.masked_fill(new == -torch.inf, 0)  # only the self term so far: nothing to shift by
+        total[rows] = total[rows] * (largest[rows] - safe).exp2_() + tile.sub_(safe[:, None]).exp2_().sum(1)
+        largest[rows] = new
+    return total.log2_().add_(largest)
+
+
+def _shift(scaled: Tensor, others: Tensor) -> float | None:
+    """One shift under which no exponential overflows and no row's largest term underflows; None if there is none.
+
+    |s_ij| <= max_i |scaled_i| * max_j |others_j|. The shift is zero as long as it can be: subtracting a large one costs
+    accuracy. Also None where reading the bound would make the host wait for a device, and for NaN and infinity.
+    """
+    if scaled.device.type != "cpu":
+        return None
+    bound = _largest_norm(scaled) * _largest_norm(others)
+    largest, smallest = _EXPONENT_RANGE[scaled.dtype]
+    shift = max(0.0, bound - largest)
+    return shift if -bound - shift >= smallest else None
+
+
+def _largest_norm(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dim=1).max())
+
+
+def _exp2(tile: Tensor, shift: float) -> Tensor:
+    return (tile.sub_(shift) if shift else tile).exp2_()
+
+
+def _tiles(
+    scaled: Tensor, others: Tensor, self_offset: int | None, *, half: bool = False
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (rows, cols, logits of that tile), the self term being -inf; each tile overwrites the one before it.
+
+    With `half`, only the tiles on and above the diagonal.
+    """
+    n, m = scaled.shape[0], others.shape[0]
+    buffer = scaled.new_empty(min(TILE, n) * min(TILE, m))
+    for i in range(0, n, TILE):
+        rows = slice(i, min(i + TILE, n))
+        for j in range(i if half else 0, m, TILE):
+            cols = slice(j, min(j + TILE, m))
+            shape = (rows.stop - i, cols.stop - j)
+            tile = buffer[: shape[0] * shape[1]].view(shape)
+            torch.mm(scaled[rows], others[cols].T, out=tile)
+            # Within the tile the self terms lie on one diagonal, which may miss it altogether.
+            if self_offset is not None and -shape[0] < (diagonal := i + self_offset - j) < shape[1]:
+                tile.diagonal(diagonal).fill_(-torch.inf)
+            yield rows, cols, tile

@@ -1,0 +1,324 @@
+"""At the door: every form that users have becomes one canonical batch, or an error that names the argument.
+
+Nothing behind this file asks how many views there were, which contrast mode was chosen or what the labels looked like.
+Rows are view-major throughout: row v * N + n is view v of sample n.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from genscl_loss._attract import ClassLabels, Labels, Similarity, VectorLabels
+from genscl_loss._checks import check_tensor, check_values, kind
+
+CONTRAST_MODES = ("all", "one", "first")
+
+
+class Batch(NamedTuple):
+    """Anchors, what they are contrasted with, and what makes positives."""
+
+    anchors: Tensor  # (A, D), float32 or float64, of unit length if asked for
+    contrasts: Tensor | None  # (M, D); None: the anchors themselves
+    self_offset: int | None  # anchor i is contrast i + self_offset; None: no anchor is a contrast
+    labels: Labels
+    teacher_labels: Labels | None
+    sample_weight: Tensor | None  # (A,)
+
+    @property
+    def num_contrasts(self) -> int:
+        """Contrasts that each anchor sees."""
+        rows = self.anchors if self.contrasts is None else self.contrasts
+        return rows.shape[0] - (self.self_offset is not None)
+
+
+def make_batch(
+    features: Tensor | Sequence[Tensor],
+    labels: Tensor | Sequence[Tensor] | None,
+    *,
+    label_similarity: Tensor | None,
+    contrast_mode: str,
+    contrast_features: Tensor | None,
+    contrast_labels: Tensor | None,
+    teacher_labels: Tensor | Sequence[Tensor] | None,
+    contrast_teacher_labels: Tensor | None,
+    sample_weight: Tensor | None,
+    normalize: bool,
+) -> Batch:
+    """Check the arguments of `gen_supcon_loss` and bring them into canonical form."""
+    if contrast_mode not in CONTRAST_MODES:
+        raise ValueError(
+            f'contrast_mode must be "all", "one" (view 0 against view 1) or "first" (view 0 against all views, '
+            f'which SupContrast calls "one"); got {contrast_mode!r}'
+        )
+    views = _Views.of(features, contrast_mode, contrast_features)
+    if label_similarity is not None:
+        if labels is not None or contrast_labels is not None:
+            raise ValueError("label_similarity replaces labels and contrast_labels: give one or the other")
+        own: Labels = _similarity(label_similarity, views)
+    else:
+        own = _labels("labels", labels, "contrast_labels", contrast_labels, views)
+    teacher = None
+    if teacher_labels is not None:
+        names = ("teacher_labels", "contrast_teacher_labels")
+        teacher = _labels(names[0], teacher_labels, names[1], contrast_teacher_labels, views)
+        if isinstance(teacher, ClassLabels):
+            raise ValueError("teacher_labels must be label vectors, (N, C), (N, V, C) or V of (N, C); got classes")
+    elif contrast_teacher_labels is not None:
+        raise ValueError("teacher_labels is missing: contrast_teacher_labels came without it")
+    anchors, contrasts = views.rows(normalize)
+    return Batch(anchors, contrasts, views.self_offset, own, teacher, _sample_weight(sample_weight, views))
+
+
+class _Views(NamedTuple):
+    """Views of N samples, and which of them are anchors and contrasts."""
+
+    features: tuple[Tensor, ...]  # (N, D) each; those that the mode uses
+    num_given: int  # views that the caller gave, for labels and weights that cover them all
+    num_anchor_views: int
+    contrast_views: slice  # of `features`
+    contrast_features: Tensor | None
+    self_offset: int | None
+
+    @staticmethod
+    def of(features: Tensor | Sequence[Tensor], mode: str, contrast_features: Tensor | None) -> "_Views":
+        views = _split_views(features)
+        count = len(views)
+        if contrast_features is not None:
+            _check_contrast_features(contrast_features, views[0])
+            kept = views if mode == "all" else views[:1]
+            return _Views(kept, count, len(kept), slice(0, 0), contrast_features, None)
+        if mode == "one":
+            if count < 2:
+                raise ValueError('contrast_mode "one" contrasts view 0 with view 1; features has one view only')
+            return _Views(views[:2], count, 1, slice(1, 2), None, None)
+        return _Views(views, count, count if mode == "all" else 1, slice(0, count), None, 0)
+
+    @property
+    def num_samples(self) -> int:
+        return self.features[0].shape[0]
+
+    @property
+    def num_anchors(self) -> int:
+        return self.num_anchor_views * self.num_samples
+
+    @property
+    def num_contrasts(self) -> int:
+        if self.contrast_features is not None:
+            return self.contrast_features.shape[0]
+        return len(range(self.num_given)[self.contrast_views]) * self.num_samples
+
+    @property
+    def device(self) -> torch.device:
+        return self.features[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation."""
+        given = self.features if self.contrast_features is None else (*self.features, self.contrast_features)
+        return torch.float64 if any(rows.dtype == torch.float64 for rows in given) else torch.float32
+
+    def anchor_rows(self, per_view: Sequence[Tensor]) -> Tensor:
+        return _stack(per_view[: self.num_anchor_views])
+
+    def contrast_rows(self, per_view: Sequence[Tensor]) -> Tensor:
+        return _stack(per_view[self.contrast_views])
+
+    def rows(self, normalize: bool) -> tuple[Tensor, Tensor | None]:
+        """Anchors and contrasts (None for a self-contrast) in the dtype of the computation."""
+        rows = self._finish("features", _stack(self.features), normalize)
+        if self.contrast_features is not None:
+            return rows, self._finish("contrast_features", self.contrast_features, normalize)
+        if self.contrast_views.start == 0:
+            return (rows, None) if self.num_anchors == rows.shape[0] else (rows[: self.num_anchors], rows)
+        return rows[: self.num_samples], rows[self.num_samples :]
+
+    def _finish(self, name: str, rows: Tensor, normalize: bool) -> Tensor:
+        check_values(name, rows, signed=True, only_if_asked=True)  # NaN in the loss is what gradient scalers look for
+        rows = rows.to(self.dtype)
+        return unit_rows(rows) if normalize else rows
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Scale each row to Euclidean length one; a row of zeros stays as it is, with a gradient as of length one.
+
+    So does a row whose squares vanish in the dtype (in float32, below 1e-19). A row whose squares overflow (1e19)
+    becomes
+    NaN: divided by infinity, it would pass for zeros.
+    """
+    shortest = torch.finfo(rows.dtype).tiny ** 0.5
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    length = length.masked_fill(length < shortest, 1).nan_to_num(nan=math.nan, posinf=math.nan)
+    return rows / length
+
+
+def _stack(views: Sequence[Tensor]) -> Tensor:
+    return views[0] if len(views) == 1 else torch.cat(list(views))
+
+
+def _split_views(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    expected = "features must be (N, D), (N, V, ...) or a sequence of V tensors (N, D)"
+    if isinstance(features, Tensor):
+        if features.dim() < 2 or features.numel() == 0:
+            raise ValueError(f"{expected}, none of the sizes zero; got shape {tuple(features.shape)}")
+        views = (features,) if features.dim() == 2 else features.flatten(2).unbind(1)
+    elif isinstance(features, (tuple, list)) and all(isinstance(view, Tensor) for view in features):
+        views = tuple(features)
+        if not views or any(view.dim() != 2 or view.shape != views[0].shape or not view.numel() for view in views):
+            shapes = [tuple(view.shape) for view in views]
+            raise ValueError(f"{expected}, all of one shape and none of the sizes zero; got shapes {shapes}")
+    else:
+        raise TypeError(f"{expected}; got {kind(features)}")
+    for view in views:
+        check_tensor("features", view, views[0].device)
+        if not view.is_floating_point():
+            raise TypeError(f"features must be floating-point; got {view.dtype}")
+    return views
+
+
+def _check_contrast_features(contrast_features: Tensor, view: Tensor) -> None:
+    check_tensor("contrast_features", contrast_features, view.device)
+    if not contrast_features.is_floating_point():
+        raise TypeError(f"contrast_features must be floating-point; got {contrast_features.dtype}")
+    if contrast_features.dim() != 2 or contrast_features.shape[1] != view.shape[1]:
+        raise ValueError(
+            f"contrast_features must be (M, D) with D = {view.shape[1]} as in features; "
+            f"got shape {tuple(contrast_features.shape)}"
+        )
+
+
+def _labels(
+    name: str,
+    labels: Tensor | Sequence[Tensor] | None,
+    contrast_name: str,
+    contrast_labels: Tensor | None,
+    views: _Views,
+) -> Labels:
+    """Classes or unit label vectors of anchors and contrasts."""
+    if (labels is None) != (contrast_labels is None) and views.contrast_features is not None:
+        missing, given = (name, contrast_name) if labels is None else (contrast_name, name)
+        raise ValueError(f"{missing} is missing: with contrast_features, {name} and {contrast_name} come together")
+    if labels is None:
+        return _paired_views(views)
+    per_view = _split_labels(name, labels, views)
+    anchors = views.anchor_rows(per_view)
+    if views.contrast_features is None:
+        if contrast_labels is not None:
+            raise ValueError(f"{contrast_name} describes contrast_features, which is missing")
+        contrasts = anchors if views.self_offset == 0 and views.num_anchors == views.num_contrasts else None
+        contrasts = views.contrast_rows(per_view) if contrasts is None else contrasts
+    else:
+        contrasts = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
+    if anchors.dim() == 1:
+        return _classes(anchors, contrasts)
+    dtype = torch.promote_types(views.dtype, torch.promote_types(anchors.dtype, contrasts.dtype))
+    left = unit_rows(anchors.to(dtype))
+    return VectorLabels(left, left if contrasts is anchors else unit_rows(contrasts.to(dtype)))
+
+
+def _paired_views(views: _Views) -> ClassLabels:
+    """No labels: each sample is its own class."""
+    if views.contrast_features is None:
+        if views.num_given == 1:
+            raise ValueError(
+                "labels is missing and features has one view: nothing could be a positive. Give labels, a second view, "
+                "or contrast_features"
+            )
+    elif views.num_contrasts != views.num_samples:
+        raise ValueError(
+            f"labels is missing: row n of contrast_features is then the positive of sample n, which needs "
+            f"{views.num_samples} rows; got {views.num_contrasts}"
+        )
+    sample = torch.arange(views.num_samples, device=views.device)
+    anchors = sample.repeat(views.num_anchor_views)
+    return ClassLabels(anchors, sample.repeat(max(1, views.num_contrasts // views.num_samples)))
+
+
+def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -> Sequence[Tensor]:
+    """One tensor (N,) or (N, C) for each view that the caller gave."""
+    n, v = views.num_samples, views.num_given
+    # Messages are put together only to be raised: to print a size fixes it for `torch.compile`.
+    expected = f"{name} must be (N,), (N, C), (N, V, C) or a sequence of V tensors (N,) or (N, C)"
+    if isinstance(labels, Tensor):
+        if labels.dim() not in (1, 2, 3) or labels.shape[0] != n or (labels.dim() == 3 and labels.shape[1] != v):
+            raise ValueError(f"{expected}, with N = {n} and V = {v}; got shape {tuple(labels.shape)}")
+        per_view: Sequence[Tensor] = labels.unbind(1) if labels.dim() == 3 else [labels] * v
+        given: Sequence[Tensor] = [labels]
+    elif isinstance(labels, (tuple, list)) and all(isinstance(view, Tensor) for view in labels):
+        per_view = given = labels
+        if len(labels) != v or any(
+            y.dim() not in (1, 2) or y.shape[0] != n or y.shape != labels[0].shape for y in labels
+        ):
+            shapes = [tuple(y.shape) for y in labels]
+            raise ValueError(f"{expected}, with N = {n} and V = {v}; got {len(labels)} of shapes {shapes}")
+    else:
+        raise TypeError(f"{expected}; got {kind(labels)}")
+    for tensor in given:
+        _check_label_tensor(name, tensor, views.device)
+    return per_view
+
+
+def _check_label_tensor(name: str, labels: Tensor, device: torch.device) -> None:
+    check_tensor(name, labels, device)
+    if labels.dim() > 1 and labels.shape[-1] == 0:
+        raise ValueError(f"{name} has no classes; got shape {tuple(labels.shape)}")
+    if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
+        raise ValueError(
+            f"{name} of shape (N, 1) and dtype {labels.dtype} could mean class numbers or label vectors of one class; "
+            f"use {name}.squeeze(1) for class numbers, {name}.float() for label vectors"
+        )
+    check_values(name, labels, signed=labels.dim() == 1)
+
+
+def _check_contrast_labels(
+    name: str, labels: Tensor | None, anchor_name: str, anchors: Tensor, views: _Views
+) -> Tensor:
+    expected = (views.num_contrasts, *anchors.shape[1:])
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {kind(labels)}")
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape {expected}, as {anchor_name} and contrast_features ask for; "
+            f"got {tuple(labels.shape)}"
+        )
+    _check_label_tensor(name, labels, views.device)
+    return labels
+
+
+def _classes(anchors: Tensor, contrasts: Tensor) -> ClassLabels:
+    """Number the distinct values. By sorting: `torch.unique` would make the host wait for a device."""
+    together = anchors if contrasts is anchors else torch.cat([anchors, contrasts])
+    values, order = together.detach().sort()
+    is_new = torch.ones_like(order)
+    is_new[1:] = values[1:] != values[:-1]
+    number = torch.empty_like(order).scatter_(0, order, is_new.cumsum(0) - 1)
+    if contrasts is anchors:
+        return ClassLabels(number, number)
+    return ClassLabels(number[: anchors.shape[0]], number[anchors.shape[0] :])
+
+
+def _similarity(weights: Tensor, views: _Views) -> Similarity:
+    name = "label_similarity"
+    check_tensor(name, weights, views.device)
+    full = (views.num_anchors, views.num_contrasts)
+    tiled = (views.num_samples, views.num_contrasts if views.contrast_features is not None else views.num_samples)
+    shape = tuple(weights.shape)
+    if shape not in (full, tiled):
+        raise ValueError(f"{name} must be {full}, anchors by contrasts, or {tiled}, tiled over views; got {shape}")
+    check_values(name, weights)
+    if shape != full:
+        weights = weights.repeat(full[0] // tiled[0], full[1] // tiled[1] if tiled[1] else 1)
+    return Similarity(weights)
+
+
+def _sample_weight(weight: Tensor | None, views: _Views) -> Tensor | None:
+    if weight is None:
+        return None
+    name, n, v = "sample_weight", views.num_samples, views.num_given
+    check_tensor(name, weight, views.device)
+    if tuple(weight.shape) not in ((n,), (n, v)):
+        raise ValueError(f"{name} must be (N,) or (N, V) with N = {n} and V = {v}; got shape {tuple(weight.shape)}")
+    check_values(name, weight)
+    return views.anchor_rows([weight] * v if weight.dim() == 1 else weight.unbind(1))

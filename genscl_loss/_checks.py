@@ -1,0 +1,85 @@
+"""Checks of arguments: each error begins with the name of the argument and says what was expected and what came."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_validating: ContextVar[bool] = ContextVar("genscl_loss_validating", default=False)
+
+
+@contextmanager
+def validate(enabled: bool = True) -> Iterator[None]:
+    """Check the values of all tensors inside this context, on every device, and features for NaN and infinity too.
+
+    Outside it, values of labels, similarities, weights and temperature (negative, NaN, infinite) are checked where
+    that is free, on CPU tensors; on a GPU each check makes the host wait for the device. Shapes, dtypes and devices
+    are always checked. Values are never checked while `torch.compile` or `torch.export` traces.
+
+    Args:
+        enabled: False switches the checks of an enclosing `validate()` off again.
+
+    Example:
+        >>> import torch
+        >>> from genscl_loss import gen_supcon_loss, validate
+        >>> features = torch.full((4, 8), float("nan"))
+        >>> with validate():
+        ...     gen_supcon_loss(features, torch.tensor([0, 0, 1, 1]))
+        Traceback (most recent call last):
+            ...
+        ValueError: features has NaN or infinite entries
+    """
+    token = _validating.set(enabled)
+    try:
+        yield
+    finally:
+        _validating.reset(token)
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> float:
+    """A finite Python number that is not negative, or positive."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {kind(value)}")
+    if not (value > 0 if positive else value >= 0) or value == math.inf:
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}; got {value}")
+    return float(value)
+
+
+def check_values(
+    name: str, values: Tensor, *, positive: bool = False, signed: bool = False, only_if_asked: bool = False
+) -> None:
+    """Finite and, unless signed, not negative (or positive), where looking at values is free or asked for."""
+    if torch.compiler.is_compiling() or not (_validating.get() or (values.device.type == "cpu" and not only_if_asked)):
+        return
+    if values.numel() == 0 or (signed and not values.is_floating_point()):
+        return
+    smallest, largest = (extreme.item() for extreme in values.detach().aminmax())  # NaN if any entry is
+    if not -math.inf < smallest <= largest < math.inf:
+        raise ValueError(f"{name} has NaN or infinite entries")
+    if not signed and (smallest <= 0 if positive else smallest < 0):
+        hint = "; label vectors are weights or probabilities: apply softmax to logits first" if "labels" in name else ""
+        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}; the smallest entry is {smallest}{hint}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_tensor(name: str, value: object, device: torch.device) -> None:
+    """A real tensor on the device of the features."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {kind(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of features, {device}; got {value.device}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real; got {value.dtype}")
+
+
+def kind(value: object) -> str:
+    """What to call a value of the wrong type."""
+    return type(value).__name__

@@ -1,0 +1,236 @@
+"""The generalized supervised contrastive loss."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genscl_loss._attract import attract, similarity_matrix
+from genscl_loss._backends import available_backends, choose, dense, row_lse
+from genscl_loss._batch import Batch, make_batch
+from genscl_loss._checks import check_choice, check_number, check_values, validate
+
+__all__ = ["available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
+
+_EPS = 1e-8  # of the paper's code: an anchor with this much positive mass or less has no positives
+_REDUCTIONS = ("mean", "sum", "none")
+_EMPTY_ANCHORS = ("zero", "ignore")
+
+
+def gen_supcon_loss(
+    features: Tensor | Sequence[Tensor],
+    labels: Tensor | Sequence[Tensor] | None = None,
+    *,
+    label_similarity: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | None = 0.07,
+    contrast_mode: str = "all",
+    contrast_features: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    teacher_labels: Tensor | Sequence[Tensor] | None = None,
+    contrast_teacher_labels: Tensor | None = None,
+    teacher_weight: float = 1.0,
+    sample_weight: Tensor | None = None,
+    empty_anchors: str = "zero",
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Cross-entropy between the similarity of (soft) labels and the similarity of embeddings: the loss of GenSCL.
+
+    With anchors :math:`z_i` and contrasts :math:`z_j` (embeddings of unit length), logits
+    :math:`s_{ij} = z_i \cdot z_j / \tau` and label similarity :math:`w_{ij} \ge 0`, :math:`j` running over the
+    contrasts without the anchor itself,
+
+    .. math::
+        \ell_i = -\frac{\tau}{\tau_{base}} \, \frac{1}{W_i + 10^{-8}} \sum_j w_{ij}
+                 \Big( s_{ij} - \log \sum_k e^{s_{ik}} \Big), \qquad W_i = \sum_j w_{ij}.
+
+    Label vectors :math:`y` (mixup, cutmix, label smoothing, a teacher's probabilities, multi-hot) have cosine
+    similarity, :math:`w_{ij} = y_i \cdot y_j / (|y_i| |y_j|)`. Class numbers have similarity 1 if equal and 0
+    otherwise: the loss is then SupCon. Without labels the views of a sample are its positives, and the loss is
+    NT-Xent (SimCLR). Memory is linear in the number of rows, for every kind of label but an explicit
+    `label_similarity`.
+
+    Rows are view-major in what follows: row v * N + n is view v of sample n.
+
+    Args:
+        features: Embeddings of N samples in V views: (N, D), (N, V, ...) with the dots flattened to D, or a sequence
+            of V tensors (N, D). Floating-point; half precision is computed in float32.
+        labels: Class numbers (N,) of any real dtype, compared by equality; label vectors (N, C), not negative, rows
+            of any sum, a row of zeros meaning "unlabelled"; (N, V, C) or a sequence of V tensors (N,) or (N, C) where
+            views have labels of their own. None: the views of a sample are its positives, or, with
+            `contrast_features` of N rows, row n is the positive of sample n.
+        label_similarity: w itself, instead of labels, not negative, not necessarily symmetric: (anchors, contrasts), or
+            (N, N), which is tiled over views. The entry of an anchor with itself is ignored.
+        temperature: tau > 0, a number or a 0-dim tensor, which may be learnable.
+        base_temperature: tau_base > 0. None leaves the factor tau / tau_base out. The factor has no gradient: it would
+            reward small temperatures, not good embeddings.
+        contrast_mode: "all": every view is an anchor, against all other rows. "first": view 0 is the anchor, against
+            all other rows (SupContrast calls this "one"). "one": view 0 is the anchor, against view 1, nothing
+            excluded (as in the paper's code); further views take no part.
+        contrast_features: (M, D), a contrast set of its own (a queue, another modality) instead of the batch. Nothing
+            is excluded. Anchors are all views in mode "all", otherwise view 0. M may be 0.
+        contrast_labels: Labels of `contrast_features`, (M,) or (M, C), as `labels` has.
+        teacher_labels: A teacher's label vectors, in any form that `labels` has for vectors. Adds `teacher_weight`
+            times the loss with these in place of `labels`; both share one log-sum-exp.
+        contrast_teacher_labels: The teacher's labels of `contrast_features`.
+        teacher_weight: alpha >= 0 of the paper.
+        sample_weight: (N,) or (N, V), not negative, multiplies the losses of its anchors.
+        empty_anchors: What anchors without positives (W_i <= 1e-8) count. "zero": 0 in the mean, as in the paper's
+            code and SupContrast. "ignore": the mean is over the others, as in pytorch-metric-learning.
+        normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row of zeros stays zero.
+        reduction: "mean" over anchors (weighted by `sample_weight`), "sum", or "none".
+        backend: "auto", "dense" (an N x N matrix; twice differentiable) or "tiled" (linear memory).
+
+    Returns:
+        Loss in nats times tau / tau_base, float32, or float64 for float64 features: 0-dim, or (anchors,) for "none",
+        in view-major order. 0 with zero gradient if there is no contrast (one sample, an empty queue). A collapsed
+        model has the value of `collapsed_loss`. NaN and infinity in features make it NaN or infinite, never a finite
+        number.
+
+    Raises:
+        ValueError: A shape, device, mode or value is wrong; the message begins with the name of the argument. Negative,
+            NaN and infinite values in labels and the like are looked for in CPU tensors; on a GPU, within `validate()`.
+        TypeError: A Python type or a dtype is wrong.
+        RuntimeError: On a second derivative of the "tiled" backend.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> gen_supcon_loss(features, torch.tensor([0, 0, 1]), temperature=0.5)
+        tensor(1.6593)
+        >>> soft = torch.tensor([[1.0, 0.0], [0.7, 0.3], [0.0, 1.0]])
+        >>> gen_supcon_loss(features, soft, temperature=0.5, reduction="none")
+        tensor([1.3136, 4.5215, 1.8806])
+
+    References:
+        Kim, Chang, Park, "A Generalized Supervised Contrastive Learning Framework", https://arxiv.org/abs/2206.00384
+        Khosla et al., "Supervised Contrastive Learning", https://arxiv.org/abs/2004.11362
+    """
+    check_choice("reduction", reduction, _REDUCTIONS)
+    check_choice("empty_anchors", empty_anchors, _EMPTY_ANCHORS)
+    batch = make_batch(
+        features,
+        labels,
+        label_similarity=label_similarity,
+        contrast_mode=contrast_mode,
+        contrast_features=contrast_features,
+        contrast_labels=contrast_labels,
+        teacher_labels=teacher_labels,
+        contrast_teacher_labels=contrast_teacher_labels,
+        sample_weight=sample_weight,
+        normalize=normalize,
+    )
+    teacher_weight = check_number("teacher_weight", teacher_weight)
+    scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
+    terms = [
+        _reduce(entropy / (mass + _EPS), mass, batch.sample_weight, reduction, empty_anchors)
+        for entropy, mass in _cross_entropies(batch, scale, backend)
+    ]
+    loss = terms[0] if batch.teacher_labels is None else terms[0] + teacher_weight * terms[1]
+    return loss * factor
+
+
+def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperature: float | None = 0.07) -> float:
+    r"""Loss of a collapsed model, one whose embeddings are all equal: :math:`\log(M) \, \tau / \tau_{base}`.
+
+    A loss that stays at this number ("stuck at 6.92") says that the model maps everything to one point, or that
+    training has not moved it from there. It does not depend on the labels, provided that all anchors have positives.
+
+    Args:
+        num_contrasts: M, the contrasts that an anchor sees: V * N - 1 for N samples in V views, N in mode "one", the
+            number of rows of a separate contrast set.
+        temperature: tau.
+        base_temperature: tau_base, or None for no factor.
+
+    Returns:
+        The value, in the units of `gen_supcon_loss`; 0 if there is no contrast.
+
+    Raises:
+        ValueError: `num_contrasts` is negative, or a temperature is not positive.
+        TypeError: `num_contrasts` is not an integer.
+
+    Example:
+        >>> import torch
+        >>> round(collapsed_loss(2 * 256 - 1, temperature=0.1), 4)
+        8.909
+        >>> one_point = torch.ones(256, 2, 64)
+        >>> round(gen_supcon_loss(one_point, torch.arange(256), temperature=0.1).item(), 4)
+        8.909
+
+    References:
+        Kim, Chang, Park, https://arxiv.org/abs/2206.00384
+    """
+    if isinstance(num_contrasts, bool) or not isinstance(num_contrasts, int):
+        raise TypeError(f"num_contrasts must be an integer; got {type(num_contrasts).__name__}")
+    if num_contrasts < 0:
+        raise ValueError(f"num_contrasts must be >= 0; got {num_contrasts}")
+    factor = check_number("temperature", temperature, positive=True)
+    if base_temperature is None:
+        factor = 1.0
+    else:
+        factor /= check_number("base_temperature", base_temperature, positive=True)
+    return math.log(num_contrasts) * factor if num_contrasts else 0.0
+
+
+def _cross_entropies(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
+    """-sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
+    all_labels = [batch.labels] if batch.teacher_labels is None else [batch.labels, batch.teacher_labels]
+    anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
+    backend = choose(backend, anchors.shape[0], batch.num_contrasts)
+    if batch.num_contrasts == 0:  # 0 with a zero gradient, except that what is NaN stays NaN
+        zero = anchors.sum(1) * 0
+        return [(zero, zero.detach())] * len(all_labels)
+    others = anchors if contrasts is None else contrasts
+    if backend == "dense":
+        log_p = dense.log_softmax(anchors, others, scale, self_offset)
+        return [
+            dense.cross_entropy(log_p, similarity_matrix(labels, self_offset, log_p.dtype)) for labels in all_labels
+        ]
+    lse = row_lse(anchors, contrasts, scale, self_offset, backend)
+    entropies = []
+    for labels in all_labels:  # -sum_j w_ij (s_ij - lse_i), in which sum_j w_ij s_ij needs no matrix
+        attraction, mass = attract(anchors, others, labels, self_offset)
+        entropies.append((mass * lse - attraction * scale, mass))
+    return entropies
+
+
+def _reduce(loss: Tensor, mass: Tensor, sample_weight: Tensor | None, reduction: str, empty_anchors: str) -> Tensor:
+    """Weigh the anchors, and reduce over those that count."""
+    weight = None if sample_weight is None else sample_weight.to(loss.dtype)
+    if weight is not None:
+        loss = loss * weight
+    if reduction == "none":
+        return loss
+    if reduction == "mean" and empty_anchors == "ignore":
+        counts = (mass.detach() > _EPS).to(loss.dtype)
+        loss = loss * counts  # a product, not a choice: what is NaN stays NaN
+        weight = counts if weight is None else weight * counts
+    if reduction == "sum":
+        return loss.sum()
+    if weight is None:
+        return loss.mean()
+    total = weight.sum()
+    return loss.sum() / torch.where(total > 0, total, 1)
+
+
+def _scale_and_factor(
+    temperature: float | Tensor, base_temperature: float | None, anchors: Tensor
+) -> tuple[Tensor, float | Tensor]:
+    """1 / tau as a tensor, and tau / tau_base without its gradient."""
+    base = None if base_temperature is None else check_number("base_temperature", base_temperature, positive=True)
+    if isinstance(temperature, Tensor):
+        if temperature.dim() != 0:
+            raise ValueError(f"temperature must be a number or a 0-dim tensor; got shape {tuple(temperature.shape)}")
+        if not temperature.is_floating_point():
+            raise TypeError(f"temperature must be floating-point; got {temperature.dtype}")
+        check_values("temperature", temperature, positive=True)
+        temperature = temperature.to(anchors.dtype)
+        return temperature.reciprocal(), 1.0 if base is None else temperature.detach() / base
+    temperature = check_number("temperature", temperature, positive=True)
+    # On the CPU, wherever the features are: a 0-dim CPU tensor goes with tensors of any device and can be read for
+    # free.
+    scale = torch.full((), 1 / temperature, dtype=anchors.dtype)
+    return scale, 1.0 if base is None else temperature / base

@@ -1,0 +1,144 @@
+"""The loss as a module: it keeps the options and delegates to the function."""
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genscl_loss._checks import check_number
+from genscl_loss.functional import gen_supcon_loss
+
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 1.0  # of a learnable temperature: logit scales from 1 to 100, as CLIP has
+_LOG_RANGE = (math.log(_MIN_TEMPERATURE), math.log(_MAX_TEMPERATURE))
+
+
+class GenSupConLoss(nn.Module):
+    """`gen_supcon_loss` with its options kept; the equation and all arguments are described there.
+
+    Args:
+        temperature: tau > 0; the initial value if it is learnable.
+        contrast_mode: "all", "one" or "first".
+        base_temperature: tau_base, or None for no factor.
+        teacher_weight: alpha >= 0 of the teacher's term.
+        empty_anchors: "zero" or "ignore".
+        normalize: Scale embeddings to unit length first.
+        reduction: "mean", "sum" or "none".
+        backend: "auto" or one of `available_backends()`.
+        learnable_temperature: Make the temperature a parameter, kept as its logarithm in `log_temperature` and within
+            [0.01, 1]: each forward pass in training mode first moves it back inside, as CLIP does. Hand
+            `criterion.parameters()` to the optimizer.
+
+    Raises:
+        ValueError: An option is wrong, or a learnable temperature starts outside [0.01, 1].
+        TypeError: An option is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> criterion = GenSupConLoss(temperature=0.1)
+        >>> features = torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(0))
+        >>> criterion(features, torch.arange(8) % 4).shape
+        torch.Size([])
+
+    References:
+        Kim, Chang, Park, https://arxiv.org/abs/2206.00384
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float | None = 0.07,
+        *,
+        teacher_weight: float = 1.0,
+        empty_anchors: str = "zero",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+        learnable_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        temperature = check_number("temperature", temperature, positive=True)
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+        self.teacher_weight = teacher_weight
+        self.empty_anchors = empty_anchors
+        self.normalize = normalize
+        self.reduction = reduction
+        self.backend = backend
+        self.log_temperature: nn.Parameter | None = None
+        self._temperature = temperature
+        if learnable_temperature:
+            if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
+                raise ValueError(
+                    f"temperature must be in [{_MIN_TEMPERATURE}, {_MAX_TEMPERATURE}] if learnable; got {temperature}"
+                )
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        # Any wrong option shows now, not in the first step of training: the function is the judge.
+        self(torch.zeros(2, 2, 1))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """tau: the number, or a 0-dim tensor that depends on the parameter."""
+        return self._temperature if self.log_temperature is None else self.log_temperature.clamp(*_LOG_RANGE).exp()
+
+    def forward(
+        self,
+        features: Tensor | Sequence[Tensor],
+        labels: Tensor | Sequence[Tensor] | None = None,
+        *,
+        label_similarity: Tensor | None = None,
+        contrast_features: Tensor | None = None,
+        contrast_labels: Tensor | None = None,
+        teacher_labels: Tensor | Sequence[Tensor] | None = None,
+        contrast_teacher_labels: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; the tensors are those of `gen_supcon_loss`, and so are the errors.
+
+        Args:
+            features: (N, D), (N, V, ...) or a sequence of V tensors (N, D).
+            labels: (N,), (N, C), (N, V, C), a sequence of V tensors, or None.
+            label_similarity: (N, N) or (anchors, contrasts), instead of labels.
+            contrast_features: (M, D).
+            contrast_labels: (M,) or (M, C).
+            teacher_labels: (N, C), (N, V, C) or a sequence of V tensors (N, C).
+            contrast_teacher_labels: (M, C).
+            sample_weight: (N,) or (N, V).
+
+        Returns:
+            0-dim, or (anchors,) with reduction "none".
+        """
+        if self.log_temperature is not None and self.training:
+            # Through `data`: an earlier forward pass of the same step, which saw the same value, stays differentiable.
+            self.log_temperature.data.clamp_(*_LOG_RANGE)
+        return gen_supcon_loss(
+            features,
+            labels,
+            label_similarity=label_similarity,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+            contrast_mode=self.contrast_mode,
+            contrast_features=contrast_features,
+            contrast_labels=contrast_labels,
+            teacher_labels=teacher_labels,
+            contrast_teacher_labels=contrast_teacher_labels,
+            teacher_weight=self.teacher_weight,
+            sample_weight=sample_weight,
+            empty_anchors=self.empty_anchors,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults, and the temperature."""
+        parameters = inspect.signature(type(self).__init__).parameters.values()
+        temperature = self.temperature.item() if isinstance(self.temperature, Tensor) else self.temperature
+        shown = [f"temperature={temperature:g}"]
+        for option in parameters:
+            value = getattr(self, option.name, option.default)
+            if option.name not in ("self", "temperature") and value != option.default:
+                shown.append(f"{option.name}={value!r}")
+        return ", ".join(shown if self.log_temperature is None else [*shown, "learnable_temperature=True"])

@@ -1,0 +1,127 @@
+"""Imports go down only, third parties are torch alone, and importing the package loads no Triton."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import genscl_loss
+
+PACKAGE = "genscl_loss"
+ROOT = Path(genscl_loss.__file__).parent
+
+# Each module and the modules of the package that it may import. A new file gets a line here, or the tests fail.
+ARROWS = {
+    "genscl_loss": {"module", "functional", "labels"},
+    "module": {"functional", "_checks"},
+    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks"},
+    "labels": set(),
+    "_batch": {"_attract", "_checks"},
+    "_attract": {"_library"},
+    "_backends": {"_backends.tiled", "_library"},
+    "_backends.dense": {"_library"},
+    "_backends.tiled": set(),
+    "_checks": set(),
+    "_library": set(),
+}
+
+
+def short_name(dotted: str) -> str:
+    """Return the name as ARROWS spells it: without the package's prefix."""
+    return dotted.removeprefix(PACKAGE + ".")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {short_name(module_name(path)): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def absolute_imports(tree: ast.AST, path: Path) -> set[str]:
+    """Dotted names that the statements below `tree` import, relative ones resolved, submodules told from attributes."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            children = {f"{base}.{alias.name}" for alias in node.names}
+            submodules = {child for child in children if short_name(child) in FILES}
+            names |= submodules if submodules == children else {base, *submodules}
+    return names
+
+
+def runs_at_import(tree: ast.Module) -> ast.Module:
+    """Return the tree without function bodies and `if TYPE_CHECKING:` blocks."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return None
+
+        visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
+
+        def visit_If(self, node):
+            if ast.unparse(node.test).endswith("TYPE_CHECKING"):
+                return [self.visit(child) for child in node.orelse] or None
+            return self.generic_visit(node)
+
+    return Strip().visit(tree)
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def test_every_module_has_its_arrows():
+    assert set(FILES) == set(ARROWS)
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_imports_go_down_only(name):
+    imported = absolute_imports(parse(name), FILES[name])
+    inside = {short_name(other) for other in imported if other.split(".")[0] == PACKAGE}
+    assert inside <= ARROWS[name]
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_third_parties_are_torch_alone(name):
+    roots = {other.split(".")[0] for other in absolute_imports(parse(name), FILES[name])}
+    assert roots - set(sys.stdlib_module_names) <= {PACKAGE, "torch"}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_importing_loads_no_triton(name):
+    imported = absolute_imports(runs_at_import(parse(name)), FILES[name])
+    assert not {other for other in imported if "triton" in other.split(".")}
+
+
+@pytest.mark.parametrize(
+    ("name", "statement", "expected"),
+    [
+        ("functional", "from ._batch import Batch", {"genscl_loss._batch"}),
+        ("functional", "from . import _batch, _attract", {"genscl_loss._batch", "genscl_loss._attract"}),
+        ("functional", "from genscl_loss._backends import row_lse", {"genscl_loss._backends"}),
+        ("_backends", "from . import dense", {"genscl_loss._backends.dense"}),
+        ("_backends", "from .dense import forward", {"genscl_loss._backends.dense"}),
+        ("_backends.dense", "from .. import functional", {"genscl_loss.functional"}),
+        ("_backends.dense", "def f():\n    import torch._dynamo as d", {"torch._dynamo"}),
+        ("genscl_loss", "from .module import GenSupConLoss", {"genscl_loss.module"}),
+        ("module", "from . import __version__", {"genscl_loss"}),
+    ],
+)
+def test_the_parser_resolves(name, statement, expected):
+    assert absolute_imports(ast.parse(statement), FILES[name]) == expected
+
+
+def test_the_parser_tells_import_time_from_later():
+    later = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import triton\ndef f():\n    import triton\n"
+    path = FILES["functional"]
+    assert absolute_imports(runs_at_import(ast.parse(later)), path) == {"typing"}
+    assert "triton" in absolute_imports(runs_at_import(ast.parse("try:\n    import triton\nexcept E:\n    pass")), path)
