@@ -39,9 +39,8 @@ from genscl_loss import GenSupConLoss, collapsed_loss, mixup_cutmix, teacher_lab
 CLASSES = 10
 TEST_IMAGES = 800
 BATCH = 128  # images per step, each in two views; all labelled images where there are fewer
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
-TEMPERATURE = 0.2  # of the contrastive losses
-TEACHER_TEMPERATURE = 4.0  # softens the teacher, which is sure of everything after 50 images
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01  # how these and the temperatures were chosen: examples/README.md
+TEMPERATURE, TEACHER_TEMPERATURE = 0.2, 4.0  # of the contrastive losses; of the teacher's probabilities
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,8 @@ class Method:
 
     def uninformed_loss(self, batch: int) -> float:
         """The loss when all outputs are equal: chance level, or an encoder that collapsed to one point."""
-        if not self.contrastive:
-            return math.log(CLASSES)
-        terms = 2 if self.distilled else 1
-        return terms * collapsed_loss(2 * batch - 1, TEMPERATURE, base_temperature=None)
+        collapsed = collapsed_loss(2 * batch - 1, TEMPERATURE, base_temperature=None)
+        return collapsed * (1 + self.distilled) if self.contrastive else math.log(CLASSES)
 
 
 METHODS = (
@@ -68,8 +65,6 @@ METHODS = (
 
 
 # ------------------------------------------------------------------ data
-
-
 def load_images() -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
     """All images (1797, 1, 8, 8) in [0, 1], their labels, and the row numbers of the pool and of the test set."""
     digits = load_digits()
@@ -98,8 +93,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # ------------------------------------------------------------------ model and training
-
-
 def make_encoder() -> nn.Sequential:
     """Images (N, 1, 8, 8) -> features (N, 128)."""
 
@@ -159,20 +152,21 @@ def evaluate(encoder: nn.Module, images: Tensor, labels: Tensor, train_rows: np.
 
 
 # ------------------------------------------------------------------ pictures
-
-
 def plot_losses(losses: dict[Method, np.ndarray], batch: int, path: Path) -> None:
     figure = Figure(figsize=(15, 3.8), layout="constrained")
     for axis, (method, runs) in zip(figure.subplots(1, len(losses)), losses.items(), strict=True):
-        steps, window = np.arange(1, runs.shape[1] + 1), max(1, runs.shape[1] // 20)
-        mean = np.convolve(runs.mean(axis=0), np.full(window, 1 / window), mode="valid")
-        axis.plot(steps, runs.T, color="tab:blue", alpha=0.25, linewidth=0.5)
-        axis.plot(steps[window - 1 :], mean, color="navy", linewidth=2)
+        window = max(1, runs.shape[1] // 20)
+        smooth = np.array([np.convolve(run, np.full(window, 1 / window), mode="valid") for run in runs])
+        steps = np.arange(smooth.shape[1]) + (window + 1) / 2  # the middles of the windows
+        axis.plot(steps, smooth.T, color="tab:blue", alpha=0.4, linewidth=0.8)
+        axis.plot(steps, smooth.mean(axis=0), color="navy", linewidth=2)
         axis.axhline(method.uninformed_loss(batch), color="tab:red", linestyle="--", linewidth=1.2)
         axis.set_title(method.name, fontsize=12)
-        axis.set(xlabel="step", ylabel="training loss")
+        axis.set_xlabel("step")
+        axis.margins(y=0.1)
         axis.grid(alpha=0.3)
-    figure.suptitle("Thin: each seed. Thick: running mean. Dashed: all outputs equal. Scales differ.", fontsize=11)
+    figure.supylabel("training loss", fontsize=11)
+    figure.supxlabel("Thin: each seed, smoothed. Thick: mean. Dashed: all outputs equal. Scales differ.", fontsize=11)
     figure.savefig(path, dpi=130)
 
 
@@ -191,8 +185,6 @@ def plot_embeddings(features: dict[Method, np.ndarray], scores: dict, labels: np
 
 
 # ------------------------------------------------------------------ the comparison
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="training steps per run (default: %(default)s)")
@@ -204,22 +196,19 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.seeds, arguments.steps = 2, 15
-    if min(arguments.seeds, arguments.steps, arguments.per_class) < 1:
-        parser.error("--seeds, --steps and --per-class must be at least 1")
+    if min(arguments.seeds, arguments.steps) < 1 or not 1 <= arguments.per_class <= 90:
+        parser.error("--seeds and --steps must be at least 1, --per-class 1 to 90")
     return arguments
-
-
-def summary(values: np.ndarray | None) -> str:
-    return "" if values is None else f"{values.mean():.2f} ± {values.std(ddof=min(1, len(values) - 1)):.2f}"
 
 
 def print_tables(losses: dict, scores: dict, seconds: dict, batch: int) -> None:
     print("Test accuracy in %: mean ± standard deviation over seeds. Gain: over cross-entropy, seed by seed.\n")
     print(f"{'method':<25}{'linear probe':>15}{'gain':>15}{'kNN':>15}{'gain':>15}{'s/run':>7}")
     for method, values in scores.items():
-        gains = (values - scores[METHODS[0]]).T if method.contrastive else [None, None]
-        cells = [summary(values[:, 0]), summary(gains[0]), summary(values[:, 1]), summary(gains[1])]
-        print("{:<25}{:>15}{:>15}{:>15}{:>15}{:>7.1f}".format(method.name, *cells, np.mean(seconds[method])))
+        both = np.stack([values, values - scores[METHODS[0]]], axis=2).reshape(len(values), 4)  # accuracy, gain, twice
+        spread = both.std(axis=0, ddof=min(1, len(both) - 1))
+        cells = "".join(f"{f'{m:.2f} ± {s:.2f}':>15}" for m, s in zip(both.mean(axis=0), spread, strict=True))
+        print(f"{method.name:<25}{cells}{np.mean(seconds[method]):>7.1f}")
     print("\nLoss over the last steps (and its value if all outputs were equal: chance, or a collapsed encoder)")
     for method, runs in losses.items():
         last = runs[:, -max(1, runs.shape[1] // 20) :].mean()
@@ -231,7 +220,6 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     images, labels, pool, test_rows = load_images()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    batch = min(BATCH, CLASSES * arguments.per_class)
     losses, scores, seconds, features = ({method: [] for method in METHODS} for _ in range(4))
     with tqdm(total=len(seeds) * len(METHODS) * arguments.steps, unit="step", mininterval=0.5) as bar:
         for seed in seeds:
@@ -243,13 +231,14 @@ def main() -> None:
                 model, curve = train(method, images[rows], labels[rows], arguments.steps, seed, teacher, bar)
                 seconds[method].append(time.perf_counter() - start)
                 accuracies, test_features = evaluate(model[0], images, labels, rows, test_rows)
-                losses[method].append(curve)
-                scores[method].append(accuracies)
-                features[method].append(test_features)
+                for record, value in ((losses, curve), (scores, accuracies), (features, test_features)):
+                    record[method].append(value)
                 teacher = model if teacher is None else teacher  # cross-entropy comes first
 
     losses, scores = ({m: np.array(runs) for m, runs in table.items()} for table in (losses, scores))
-    print(f"\n{CLASSES * arguments.per_class} labelled training images, {len(test_rows)} test images.")
+    split = f"{len(rows)} labelled training images ({arguments.per_class} per class), {len(test_rows)} test images"
+    print(f"\n{split}, {len(seeds)} seeds, {arguments.steps} steps")
+    batch = min(BATCH, len(rows))
     print_tables(losses, scores, seconds, batch)
     curves, embeddings = arguments.out / "digits_losses.png", arguments.out / "digits_embeddings.png"
     plot_losses(losses, batch, curves)

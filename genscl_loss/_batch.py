@@ -4,7 +4,6 @@ Nothing behind this file asks how many views there were, which contrast mode was
 Rows are view-major throughout: row v * N + n is view v of sample n.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -145,13 +144,13 @@ def unit_rows(rows: Tensor) -> Tensor:
     """Scale each row to Euclidean length one; a row of zeros stays as it is, with a gradient as of length one.
 
     So does a row whose squares vanish in the dtype (in float32, below 1e-19). A row whose squares overflow (1e19)
-    becomes
-    NaN: divided by infinity, it would pass for zeros.
+    becomes NaN: divided by infinity, it would pass for zeros.
     """
-    shortest = torch.finfo(rows.dtype).tiny ** 0.5
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    length = length.masked_fill(length < shortest, 1).nan_to_num(nan=math.nan, posinf=math.nan)
-    return rows / length
+    constant = length.detach()
+    too_short = constant < torch.finfo(rows.dtype).tiny ** 0.5
+    unit: Tensor = rows / (length + (constant * 0 + too_short))  # infinity times zero is NaN
+    return unit
 
 
 def _stack(views: Sequence[Tensor]) -> Tensor:

@@ -126,11 +126,10 @@ def gen_supcon_loss(
     teacher_weight = check_number("teacher_weight", teacher_weight)
     scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
     terms = [
-        _reduce(entropy / (mass + _EPS), mass, batch.sample_weight, reduction, empty_anchors)
-        for entropy, mass in _cross_entropies(batch, scale, backend)
+        _reduce(likelihood * (-factor / (mass + _EPS)), mass, batch.sample_weight, reduction, empty_anchors)
+        for likelihood, mass in _log_likelihoods(batch, scale, backend)
     ]
-    loss = terms[0] if batch.teacher_labels is None else terms[0] + teacher_weight * terms[1]
-    return loss * factor
+    return terms[0] if batch.teacher_labels is None else terms[0] + teacher_weight * terms[1]
 
 
 def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperature: float | None = 0.07) -> float:
@@ -175,8 +174,8 @@ def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperatu
     return math.log(num_contrasts) * factor if num_contrasts else 0.0
 
 
-def _cross_entropies(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
-    """-sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
+def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
+    """sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
     all_labels = [batch.labels] if batch.teacher_labels is None else [batch.labels, batch.teacher_labels]
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
     backend = choose(backend, anchors.shape[0], batch.num_contrasts)
@@ -187,14 +186,14 @@ def _cross_entropies(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     if backend == "dense":
         log_p = dense.log_softmax(anchors, others, scale, self_offset)
         return [
-            dense.cross_entropy(log_p, similarity_matrix(labels, self_offset, log_p.dtype)) for labels in all_labels
+            dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype)) for labels in all_labels
         ]
     lse = row_lse(anchors, contrasts, scale, self_offset, backend)
-    entropies = []
-    for labels in all_labels:  # -sum_j w_ij (s_ij - lse_i), in which sum_j w_ij s_ij needs no matrix
+    likelihoods = []
+    for labels in all_labels:  # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix
         attraction, mass = attract(anchors, others, labels, self_offset)
-        entropies.append((mass * lse - attraction * scale, mass))
-    return entropies
+        likelihoods.append((attraction * scale - mass * lse, mass))
+    return likelihoods
 
 
 def _reduce(loss: Tensor, mass: Tensor, sample_weight: Tensor | None, reduction: str, empty_anchors: str) -> Tensor:

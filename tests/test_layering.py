@@ -17,13 +17,13 @@ ROOT = Path(genscl_loss.__file__).parent
 ARROWS = {
     "genscl_loss": {"module", "functional", "labels"},
     "module": {"functional", "_checks"},
-    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks"},
+    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks", "_library"},
     "labels": set(),
-    "_batch": {"_attract", "_checks"},
+    "_batch": {"_attract", "_checks", "_library"},
     "_attract": {"_library"},
-    "_backends": {"_backends.tiled", "_library"},
+    "_backends": {"_backends.dense", "_backends.tiled", "_library"},
     "_backends.dense": {"_library"},
-    "_backends.tiled": set(),
+    "_backends.tiled": {"_library"},
     "_checks": set(),
     "_library": set(),
 }

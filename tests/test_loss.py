@@ -537,12 +537,22 @@ def test_no_positive_anywhere_gives_zero_and_a_zero_gradient(backend, small_tile
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e9, 1e15])
+@pytest.mark.parametrize("scale", [1e-15, 1e-9, 1e9, 1e15])
 def test_normalisation_survives_very_long_and_very_short_rows(backend, scale):
     features = random_features(N, 1, D, seed=28).float()
     wanted = gen_supcon_loss(features, HARD, backend=backend)
     actual = gen_supcon_loss(features * scale, HARD, backend=backend)
     torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("value", [1e25, 3e38])
+def test_a_length_that_float32_cannot_hold_is_never_taken_for_zero(backend, value):
+    # divided by an infinite length the row would be zeros, and the loss finite and wrong
+    features = random_features(N, 1, D, seed=28).float()
+    right = gen_supcon_loss(features, HARD, backend=backend).item()
+    features[0] = features[0] / features[0].abs().max() * value
+    loss = gen_supcon_loss(features, HARD, backend=backend).item()
+    assert not math.isfinite(loss) or loss == pytest.approx(right, rel=1e-5)
 
 
 def test_normalize_is_idempotent(backend):

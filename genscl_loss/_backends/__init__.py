@@ -19,7 +19,7 @@ from torch import Tensor
 from genscl_loss._backends import tiled
 from genscl_loss._library import define_operator
 
-_DENSE_AT_MOST = 2**16  # logits; below this a matrix costs no more than the tiles' bookkeeping
+_DENSE_AT_MOST = 2**18  # logits; up to here both halves of the loss sharing each pass outweigh the memory traffic
 
 
 def available_backends() -> tuple[str, ...]:

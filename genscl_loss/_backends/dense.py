@@ -26,12 +26,12 @@ def log_softmax(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: 
     if self_offset is not None:
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
-        selves = torch.zeros_like(logits, dtype=torch.bool)
-        selves.diagonal(self_offset).fill_(True)
-        logits = logits.masked_fill(selves, torch.finfo(logits.dtype).min)
+        without_self = torch.zeros_like(logits)
+        without_self.diagonal(self_offset).fill_(torch.finfo(logits.dtype).min)
+        logits = logits + without_self
     return logits.log_softmax(1)
 
 
-def cross_entropy(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum_j w_ij log p_ij and sum_j w_ij, for weights (A, M) with zeros in the self terms."""
-    return -(weights * log_p).sum(1), weights.sum(1)
+def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of w_ij log p_ij and of w_ij over j, for weights (A, M) with zeros in the self terms."""
+    return (weights * log_p).sum(1), weights.sum(1)

@@ -1,0 +1,207 @@
+"""The operators behind the loss, one by one: against float64 on the plain equation, at tile edges, and by opcheck."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from genscl_loss import available_backends, gen_supcon_loss
+from genscl_loss._attract import _vector_sum_blocks, _vector_sum_float64
+from genscl_loss._backends import choose, row_lse, tiled
+
+SHAPES = [  # (A, M, self_offset); M None: a self-contrast
+    (1, None, 0),
+    (2, None, 0),
+    (9, None, 0),
+    (8, 8, None),
+    (3, 9, 0),
+    (5, 9, 4),
+    (9, 5, -3),
+    (4, 9, -2),
+    (4, 9, 7),
+    (7, 1, None),
+]
+
+
+def make(a: int, m: int | None, dtype=torch.float64, scale: float = 3.0):
+    generator = torch.Generator().manual_seed(a)
+    anchors = torch.randn(a, 5, generator=generator, dtype=dtype)
+    contrasts = None if m is None else torch.randn(m, 5, generator=generator, dtype=dtype)
+    return anchors, contrasts, torch.tensor(scale, dtype=dtype)
+
+
+def plain_lse(anchors, contrasts, scale, self_offset):
+    """Log-sum-exp over an explicit list of contrasts for each anchor."""
+    others = anchors if contrasts is None else contrasts
+    rows = []
+    for i, anchor in enumerate(anchors):
+        logits = [scale * (anchor @ k) for j, k in enumerate(others) if self_offset is None or j != i + self_offset]
+        rows.append(torch.stack(logits).logsumexp(0) if logits else torch.tensor(-math.inf, dtype=anchors.dtype))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("a, m, self_offset", SHAPES)
+@pytest.mark.parametrize("scale", [3.0, 1e3], ids=["one shift", "running maximum"])
+def test_row_lse_is_the_log_sum_exp_without_the_self_term(a, m, self_offset, scale, small_tile):
+    anchors, contrasts, scale = make(a, m, scale=scale)
+    assert (tiled._shift(anchors * scale, anchors) is None) == (scale == 1e3)
+    value = row_lse(anchors, contrasts, scale, self_offset, "tiled")
+    torch.testing.assert_close(value, plain_lse(anchors, contrasts, scale, self_offset), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("a, m, self_offset", [shape for shape in SHAPES if shape[:2] != (1, None)])
+@pytest.mark.parametrize("scale", [3.0, 1e3], ids=["one shift", "running maximum"])
+def test_the_gradient_of_row_lse_is_that_of_the_plain_equation(a, m, self_offset, scale, small_tile):
+    inputs = [x if x is None else x.requires_grad_() for x in make(a, m, scale=scale)]
+    upstream = torch.linspace(-1, 2, a, dtype=torch.float64)
+    wanted = [x for x in inputs if x is not None]
+    gradients = torch.autograd.grad(row_lse(*inputs, self_offset, "tiled") @ upstream, wanted)
+    exact = torch.autograd.grad(plain_lse(*inputs, self_offset) @ upstream, wanted)
+    for gradient, reference in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_without_contrasts_is_minus_infinity():
+    anchors, _, scale = make(1, None)
+    assert row_lse(anchors, None, scale, 0, "tiled").item() == -math.inf
+
+
+@pytest.mark.parametrize("n", [tiled.TILE - 1, tiled.TILE, tiled.TILE + 1, 2 * tiled.TILE + 1])
+def test_the_real_tile_edge_is_as_good_as_any(n):
+    z = torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(n)), dim=1)
+    logits = (z.double() @ z.double().T / 0.07).fill_diagonal_(-math.inf)
+    value = row_lse(z, None, torch.tensor(1 / 0.07), 0, "tiled")
+    torch.testing.assert_close(value.double(), logits.logsumexp(1), rtol=1e-6, atol=0)
+
+
+def test_the_same_input_gives_the_same_bits():
+    z = torch.nn.functional.normalize(torch.randn(1300, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    labels = torch.arange(1300) % 7
+
+    def once():
+        features = z.clone().requires_grad_()
+        loss = gen_supcon_loss(features, labels, backend="tiled")
+        return loss.detach(), *torch.autograd.grad(loss, features)
+
+    first = once()
+    assert all(torch.equal(x, y) for _ in range(5) for x, y in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize("fill", [math.nan, math.inf])
+def test_no_row_hides_a_bad_entry(fill):
+    anchors, _, scale = make(9, None)
+    anchors[4, 2] = fill
+    others = torch.arange(9) != 4
+    lse = row_lse(anchors, None, scale, 0, "tiled")
+    plain = plain_lse(anchors, None, scale, 0)
+    assert not (lse.isfinite() & ~plain.isfinite())[others].any()
+
+
+@pytest.mark.parametrize("exponent", [0, 10, 30, 52, 60, 80, 100])
+def test_terms_far_below_one_are_not_lost(exponent):
+    """Anchor 0 sees only contrasts at cosine -1: all its terms are 2^-exponent, whatever the other rows need."""
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    scale = torch.tensor(exponent * math.log(2))
+    value = row_lse(z, None, scale, 0, "tiled")
+    exact = torch.tensor([math.log(3) - exponent * math.log(2)])
+    torch.testing.assert_close(value[:1], exact, rtol=1e-6, atol=1e-6)
+
+
+# Registration
+
+
+@pytest.mark.parametrize("a, m, self_offset", [(6, None, 0), (3, 9, 0), (3, 9, 5), (8, 8, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_row_lse_is_registered_correctly(a, m, self_offset, dtype):
+    anchors, contrasts, scale = make(a, m, dtype)
+    lse = row_lse(anchors, contrasts, scale, self_offset, "tiled")
+    grad = torch.randn_like(lse)
+    operators = torch.ops.genscl_loss
+    leaves = [x if x is None else x.clone().requires_grad_() for x in (anchors, contrasts, scale)]
+    opcheck(operators.row_lse.default, (*leaves, self_offset, "tiled"))
+    for wanted in (False, True):
+        opcheck(operators.row_lse_grad.default, (grad, lse, anchors, contrasts, scale, self_offset, wanted, "tiled"))
+
+
+def test_operators_take_any_strides():
+    anchors, contrasts = torch.randn(5, 7).T, torch.randn(10, 10)[::2, ::2]
+    scale = torch.tensor(2.0)
+    opcheck(
+        torch.ops.genscl_loss.row_lse.default,
+        (anchors.requires_grad_(), contrasts.requires_grad_(), scale, None, "tiled"),
+    )
+    a, b = torch.rand(6, 8).T, torch.rand(12, 10)[::2, ::2].T
+    x = torch.randn(3, 5).T
+    opcheck(torch.ops.genscl_loss.matmul.default, (a.requires_grad_(), b.T.requires_grad_()[:, :2]), test_utils=SCHEMA)
+    opcheck(torch.ops.genscl_loss.vector_sum.default, (a, torch.rand(5, 6).requires_grad_(), x, 0))
+
+
+SCHEMA = ("test_schema", "test_faketensor")
+
+
+@pytest.mark.parametrize("a, m, self_offset", [(6, 6, 0), (3, 9, 0), (3, 9, 5), (8, 8, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_label_sums_are_registered_correctly(a, m, self_offset, dtype):
+    x = torch.randn(m, 4, dtype=dtype, requires_grad=True)
+    left, right = torch.rand(a, 3, requires_grad=True), torch.rand(m, 3, requires_grad=True)
+    opcheck(torch.ops.genscl_loss.vector_sum.default, (left, right, x, self_offset))
+    opcheck(torch.ops.genscl_loss.class_sum.default, (torch.arange(a) % 3, torch.arange(m) % 3, x, self_offset))
+    opcheck(torch.ops.genscl_loss.matmul.default, (torch.rand(a, m, dtype=dtype, requires_grad=True), x))
+
+
+# The sums over label vectors: float64 for devices where that is fast, blocks for the others
+
+
+@given(
+    a=st.integers(1, 300),
+    m=st.integers(1, 300),
+    classes=st.integers(1, 4),
+    self_offset=st.none() | st.integers(-310, 310),
+    seed=st.integers(0, 99),
+)
+def test_both_ways_to_sum_over_label_vectors_agree_with_the_matrix(a, m, classes, self_offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.rand(a, classes, generator=generator), torch.rand(m, classes, generator=generator)
+    x = torch.randn(m, 3, generator=generator)
+    weights = left.double() @ right.double().T
+    if self_offset is not None:
+        index = torch.arange(a)[:, None] + self_offset
+        weights = weights.masked_fill(torch.arange(m) == index, 0)
+    exact = weights @ x.double()
+    for compute in (_vector_sum_float64, _vector_sum_blocks):
+        value = compute(left, right, x, self_offset).double()
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5 * float(weights.sum(1).max()))
+
+
+@pytest.mark.parametrize("compute", [_vector_sum_float64, _vector_sum_blocks])
+def test_what_little_the_self_term_leaves_is_exact(compute):
+    """Sharp softmax labels of 1000 classes: positive masses down to 1e-10, which a float32 subtraction would drown."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.nn.functional.normalize(torch.softmax(25 * torch.randn(256, 1000, generator=generator), 1), dim=1)
+    x = torch.ones(256, 1)
+    exact = (y.double() @ y.double().T).fill_diagonal_(0).sum(1)
+    assert exact.min() < 1e-7
+    mass = compute(y, y, x, 0)[:, 0].double()
+    assert ((mass - exact).abs() / exact).max() < 1e-5
+    naive = ((y @ (y.T @ x))[:, 0] - (y * y).sum(1)).double()
+    assert ((naive - exact).abs() / exact).max() > 0.5  # else this test could not fail
+
+
+# Choice
+
+
+def test_auto_is_dense_for_few_logits_and_tiled_for_many():
+    assert choose("auto", 64, 63) == "dense"
+    assert choose("auto", 4096, 4095) == "tiled"
+    assert choose("auto", 1, 10**6) == "tiled"
+
+
+def test_a_backend_asked_for_by_name_is_used_or_refused():
+    assert [choose(name, 10**6, 10**6) for name in available_backends()] == list(available_backends())
+    with pytest.raises(ValueError, match="^backend must be one of 'auto', 'dense', 'tiled'; got 'triton'"):
+        choose("triton", 2, 2)

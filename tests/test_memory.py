@@ -1,0 +1,72 @@
+"""The tiled backend stores nothing of size N x N, between the passes or within one, and its memory grows linearly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genscl_loss import gen_supcon_loss
+
+D, C = 32, 20
+
+
+def make(n: int, kind: str):
+    generator = torch.Generator().manual_seed(n)
+    features = torch.randn(n, D, generator=generator, requires_grad=True)
+    soft = torch.softmax(3 * torch.randn(n, C, generator=generator), 1)
+    return features, {"hard": soft.argmax(1), "soft": soft}[kind]
+
+
+def peak_bytes(features, labels, backend: str) -> int:
+    """Highest sum of allocations minus frees over a forward and a backward pass."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(gen_supcon_loss(features, labels, backend=backend), features)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_forward_pass_saves_no_matrix(kind):
+    n = 1200
+    features, labels = make(n, kind)
+
+    def largest_saved(backend: str) -> int:
+        sizes = []
+
+        def see(tensor):
+            sizes.append(tensor.untyped_storage().size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            gen_supcon_loss(features, labels, backend=backend)
+        return max(sizes)
+
+    matrix = 4 * n * n
+    assert largest_saved("dense") >= matrix  # the hook sees what there is to see
+    assert largest_saved("tiled") <= 8 * n * (D + C)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_no_matrix_exists_at_any_time(kind):
+    n = 3000
+    features, labels = make(n, kind)
+    matrix = 4 * n * n
+    assert peak_bytes(features, labels, "dense") > 2 * matrix
+    assert peak_bytes(features, labels, "tiled") < matrix / 3
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_memory_grows_linearly(kind):
+    small, large, larger = (peak_bytes(*make(n, kind), "tiled") for n in (2048, 4096, 8192))
+    # Constant parts (a tile, a chunk) cancel in differences: doubling the step doubles the growth, and no more.
+    assert larger - large <= 2.2 * (large - small)
+
+
+def test_sixteen_thousand_rows_take_less_than_a_hundred_megabytes():
+    features = torch.randn(16384, 128, requires_grad=True)
+    labels = torch.softmax(torch.randn(16384, 100), 1)
+    assert peak_bytes(features, labels, "auto") < 100e6
