@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,12 +40,13 @@ def validate(enabled: bool = True) -> Iterator[None]:
         _validating.reset(token)
 
 
-def check_number(name: str, value: float, *, positive: bool = False) -> float:
-    """A finite Python number that is not negative, or positive."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name: str, value: float, *, positive: bool = False, at_most: float = math.inf) -> float:
+    """A finite Python number that is not negative (or positive), and not above a limit."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {kind(value)}")
-    if not (value > 0 if positive else value >= 0) or value == math.inf:
-        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}; got {value}")
+    if not (value > 0 if positive else value >= 0) or value > at_most or value == math.inf:
+        limit = "" if at_most == math.inf else f" and <= {at_most:g}"
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}{limit}; got {value}")
     return float(value)
 
 

@@ -11,16 +11,18 @@ reads its choice as well.
 """
 
 import math
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
+
+from genscl_loss._checks import check_number
 
 
 def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: float = 0.1) -> Tensor:
     """Move a share of every label's mass to the uniform distribution.
 
-    y' = (1 - s) y + s / C, with s = `smoothing` and C classes.
+    y' = (1 - s) y + s mean(y), with s = `smoothing` and the mean over the C classes: s / C for rows that sum to one.
 
     The loss compares label vectors by their cosine, which weighs smoothing more than a cross-entropy does. Two samples
     of different classes have y'_i . y'_j = s (2 - s) / C, two of the same class have that plus (1 - s)^2, so
@@ -38,8 +40,7 @@ def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: flo
         smoothing: s in [0, 1].
 
     Returns:
-        (N, C), a new tensor. Rows that sum to one still do. A row of zeros (unlabelled) becomes s / C everywhere,
-        which is similar to every class: leave such rows out, or set them back to zero.
+        (N, C), a new tensor. Every row keeps its sum; a row of zeros (unlabelled) stays one.
 
     Raises:
         TypeError: an argument has the wrong type, or `labels` of shape (N,) are floating point.
@@ -56,9 +57,9 @@ def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: flo
         Szegedy et al., Rethinking the Inception Architecture for Computer Vision, arXiv:1512.00567.
         Kim et al., A Generalized Supervised Contrastive Learning Framework, arXiv:2206.00384.
     """
-    _check_number("smoothing", smoothing, high=1.0)
+    check_number("smoothing", smoothing, at_most=1)
     soft = _label_vectors(labels, num_classes)
-    return (1 - smoothing) * soft + smoothing / soft.shape[1]
+    return (1 - smoothing) * soft + smoothing * soft.mean(1, keepdim=True)
 
 
 def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -87,7 +88,7 @@ def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
         Kim et al., A Generalized Supervised Contrastive Learning Framework, arXiv:2206.00384.
     """
     _check_tensor("logits", logits, "(..., C)", 1, floating=True)
-    _check_number("temperature", temperature, positive=True)
+    check_number("temperature", temperature, positive=True)
     scores = logits.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
     return torch.softmax(scores / temperature, dim=-1)
@@ -132,7 +133,7 @@ def mixup(
         Zhang et al., mixup: Beyond Empirical Risk Minimization, arXiv:1710.09412.
     """
     _check_tensor("images", images, "(N, ...)", 1, floating=True)
-    _check_number("alpha", alpha)
+    check_number("alpha", alpha)
     soft, order = _pair(images, labels, num_classes, generator)
     share = _symmetric_beta(alpha, _uniform(2, generator))
     # A share on the host costs nothing to read; one on an accelerator stays a tensor, so that nothing waits for it.
@@ -182,7 +183,7 @@ def cutmix(
         arXiv:1905.04899.
     """
     _check_tensor("images", images, "(N, ..., H, W)", 3)
-    _check_number("alpha", alpha)
+    check_number("alpha", alpha)
     soft, order = _pair(images, labels, num_classes, generator)
     height, width = images.shape[-2:]
     rows, columns = _box(height, width, alpha, generator)
@@ -233,10 +234,10 @@ def mixup_cutmix(
     """
     # Everything that either branch refuses is refused here: an error must not depend on the draw.
     _check_tensor("images", images, "(N, ..., H, W)", 3, floating=True)
-    _check_number("alpha", alpha)
-    _check_number("switch_prob", switch_prob, high=1.0)
+    check_number("alpha", alpha)
+    check_number("switch_prob", switch_prob, at_most=1)
     cutmix_alpha = alpha if cutmix_alpha is None else cutmix_alpha
-    _check_number("cutmix_alpha", cutmix_alpha)
+    check_number("cutmix_alpha", cutmix_alpha)
     if _uniform(1, generator).item() < switch_prob:
         return cutmix(images, labels, num_classes, cutmix_alpha, generator=generator)
     return mixup(images, labels, num_classes, alpha, generator=generator)
@@ -246,26 +247,26 @@ def _label_vectors(labels: Tensor, num_classes: int | None) -> Tensor:
     """Class indices (N,) or label vectors (N, C) -> label vectors (N, C), float64 if they were, else float32."""
     _check_tensor("labels", labels, "(N,) or (N, C)", 1)
     if labels.ndim > 2:
-        raise ValueError(f"labels: expected shape (N,) or (N, C), got {tuple(labels.shape)}")
+        raise ValueError(f"labels must have shape (N,) or (N, C); got {tuple(labels.shape)}")
     if labels.is_complex() or (labels.ndim == 1 and labels.is_floating_point()):
-        raise TypeError(f"labels: expected integers (N,) or real (N, C), got {labels.dtype} {tuple(labels.shape)}")
+        raise TypeError(f"labels must be integers (N,) or real (N, C); got {labels.dtype} {tuple(labels.shape)}")
     if not isinstance(num_classes, Integral | None):
-        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+        raise TypeError(f"num_classes must be an int; got {type(num_classes).__name__}")
     if labels.ndim == 1:
         return _one_hot(labels, num_classes)
     if num_classes not in (None, labels.shape[1]) or labels.shape[1] == 0:
-        raise ValueError(f"num_classes: expected the width C >= 1 of labels {tuple(labels.shape)}, got {num_classes}")
+        raise ValueError(f"num_classes must be the width C >= 1 of labels {tuple(labels.shape)}; got {num_classes}")
     return labels if labels.dtype == torch.float64 else labels.float()
 
 
 def _one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
     if num_classes is None or num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, as labels are class indices (N,), got {num_classes}")
+        raise ValueError(f"num_classes must be at least 1, as labels are class indices (N,); got {num_classes}")
     indices = labels.long()
     if indices.device.type == "cpu" and indices.numel() > 0 and not torch.compiler.is_compiling():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= num_classes:
-            raise ValueError(f"labels: expected class indices in [0, {num_classes}), got {low} to {high}")
+            raise ValueError(f"labels must be class indices in [0, {num_classes}); got {low} to {high}")
     return (indices[:, None] == torch.arange(num_classes, device=indices.device)).float()
 
 
@@ -275,9 +276,9 @@ def _pair(
     """Label vectors (N, C) and the permutation (N,) that gives every sample its partner, on the images' device."""
     soft = _label_vectors(labels, num_classes)
     if soft.shape[0] != images.shape[0]:
-        raise ValueError(f"labels: expected one row per sample of images, got {soft.shape[0]} for {images.shape[0]}")
+        raise ValueError(f"labels must have one row per sample of images; got {soft.shape[0]} for {images.shape[0]}")
     if soft.device != images.device:
-        raise ValueError(f"labels: expected the device of images, {images.device}, got {soft.device}")
+        raise ValueError(f"labels must be on the device of images, {images.device}; got {soft.device}")
     order = torch.randperm(images.shape[0], generator=generator, device=_source(generator))
     # Without waiting only from the host: a copy that goes to the host must have arrived before it is used.
     return soft, order.to(images.device, non_blocking=order.device.type == "cpu")
@@ -308,7 +309,7 @@ def _source(generator: Generator | None) -> torch.device:
     if generator is None:
         return torch.device("cpu")
     if not isinstance(generator, Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}")
     return generator.device
 
 
@@ -337,15 +338,9 @@ def _symmetric_beta(alpha: float, uniform: Tensor) -> Tensor:
 
 def _check_tensor(name: str, value: Tensor, shape: str, least_ndim: int, *, floating: bool = False) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     if floating and not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}")
+        raise TypeError(f"{name} must be floating-point; got {value.dtype}")
     if value.ndim < least_ndim:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
 
-
-def _check_number(name: str, value: float, high: float = math.inf, *, positive: bool = False) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (0 <= value <= high and math.isfinite(value)) or (positive and value == 0):
-        raise ValueError(f"{name}: expected a finite number in {'(' if positive else '['}0, {high:g}], got {value}")

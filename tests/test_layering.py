@@ -18,7 +18,7 @@ ARROWS = {
     "genscl_loss": {"module", "functional", "labels"},
     "module": {"functional", "_checks"},
     "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks", "_library"},
-    "labels": set(),
+    "labels": {"_checks"},
     "_batch": {"_attract", "_checks", "_library"},
     "_attract": {"_library"},
     "_backends": {"_backends.dense", "_backends.tiled", "_library"},
