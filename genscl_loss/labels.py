@@ -343,4 +343,3 @@ def _check_tensor(name: str, value: Tensor, shape: str, least_ndim: int, *, floa
         raise TypeError(f"{name} must be floating-point; got {value.dtype}")
     if value.ndim < least_ndim:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
-

@@ -17,13 +17,14 @@ ROOT = Path(genscl_loss.__file__).parent
 ARROWS = {
     "genscl_loss": {"module", "functional", "labels"},
     "module": {"functional", "_checks"},
-    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks", "_library"},
+    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks"},
     "labels": {"_checks"},
-    "_batch": {"_attract", "_checks", "_library"},
+    "_batch": {"_attract", "_checks"},
     "_attract": {"_library"},
-    "_backends": {"_backends.dense", "_backends.tiled", "_library"},
+    "_backends": {"_backends.tiled", "_library"},
     "_backends.dense": {"_library"},
-    "_backends.tiled": {"_library"},
+    "_backends.tiled": {"_backends.products"},
+    "_backends.products": set(),
     "_checks": set(),
     "_library": set(),
 }

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from genscl_loss._backends.products import add_product, product
+
 TILE = 512  # edge of a tile: 1 MiB in float32, which two cores hold in their level-2 caches
 
 # Base-2 exponents, for each dtype: the largest that a term may have, which leaves room for sums over any number of
@@ -60,7 +62,7 @@ def row_lse_grad(
     d_contrasts = torch.zeros_like(contrasts) if contrasts_need_grad else None
     for rows, cols, tile in _tiles(scaled, contrasts, self_offset):
         weights = tile.sub_(lse[rows, None]).exp2_().mul_(grad[rows, None])
-        d_anchors[rows].addmm_(weights, contrasts[cols])
+        add_product(d_anchors[rows], weights, contrasts[cols])
         if d_contrasts is not None:
             d_contrasts[cols].addmm_(weights.T, anchors[rows])
     return d_anchors.mul_(scale), None if d_contrasts is None else d_contrasts.mul_(scale)
@@ -76,7 +78,7 @@ def _self_contrast_grad(grad: Tensor, lse: Tensor, z: Tensor, scaled: Tensor) ->
             weights += tile.sub_(lse[cols]).exp2_().mul_(factor[cols])
         else:
             weights = _exp2(tile, shift).mul_(factor[rows, None] + factor[cols])
-        dz[rows].addmm_(weights, z[cols])
+        add_product(dz[rows], weights, z[cols])
         if rows != cols:
             dz[cols].addmm_(weights.T, z[rows])
     return dz
@@ -119,7 +121,7 @@ def _exp2(tile: Tensor, shift: float) -> Tensor:
 def _tiles(
     scaled: Tensor, others: Tensor, self_offset: int | None, *, half: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (rows, cols, logits of that tile), the self term being -inf; each tile overwrites the one before it.
+    """Yield (rows, cols, logits of that tile), the self term being -inf; a tile may overwrite the one before it.
 
     With `half`, only the tiles on and above the diagonal.
     """
@@ -130,8 +132,7 @@ def _tiles(
         for j in range(i if half else 0, m, TILE):
             cols = slice(j, min(j + TILE, m))
             shape = (rows.stop - i, cols.stop - j)
-            tile = buffer[: shape[0] * shape[1]].view(shape)
-            torch.mm(scaled[rows], others[cols].T, out=tile)
+            tile = product(scaled[rows], others[cols].T, buffer[: shape[0] * shape[1]].view(shape))
             # Within the tile the self terms lie on one diagonal, which may miss it altogether.
             if self_offset is not None and -shape[0] < (diagonal := i + self_offset - j) < shape[1]:
                 tile.diagonal(diagonal).fill_(-torch.inf)
