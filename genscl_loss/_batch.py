@@ -141,16 +141,14 @@ class _Views(NamedTuple):
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Scale each row to Euclidean length one; a row of zeros stays as it is, with a gradient as of length one.
+    """Scale each row to length one; a row of zeros stays as it is, with a gradient as of length one.
 
-    So does a row whose squares vanish in the dtype (in float32, below 1e-19). A row whose squares overflow (1e19)
-    becomes NaN: divided by infinity, it would pass for zeros.
+    A row is as good as zeros below a length of 1e-18, where squares in float32 lose their digits.
     """
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     constant = length.detach()
-    too_short = constant < torch.finfo(rows.dtype).tiny ** 0.5
-    unit: Tensor = rows / (length + (constant * 0 + too_short))  # infinity times zero is NaN
-    return unit
+    # Plus NaN where squares overflow (divided by infinity, the row would pass for zeros), plus one where it is short.
+    return rows / (length + (constant - constant).add_(constant < 1e-18))
 
 
 def _stack(views: Sequence[Tensor]) -> Tensor:

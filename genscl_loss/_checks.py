@@ -42,7 +42,7 @@ def validate(enabled: bool = True) -> Iterator[None]:
 
 def check_number(name: str, value: float, *, positive: bool = False, at_most: float = math.inf) -> float:
     """A finite Python number that is not negative (or positive), and not above a limit."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{name} must be a number; got {kind(value)}")
     if not (value > 0 if positive else value >= 0) or value > at_most or value == math.inf:
         limit = "" if at_most == math.inf else f" and <= {at_most:g}"

@@ -80,7 +80,8 @@ def gen_supcon_loss(
         sample_weight: (N,) or (N, V), not negative, multiplies the losses of its anchors.
         empty_anchors: What anchors without positives (W_i <= 1e-8) count. "zero": 0 in the mean, as in the paper's
             code and SupContrast. "ignore": the mean is over the others, as in pytorch-metric-learning.
-        normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row of zeros stays zero.
+        normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row
+            shorter than 1e-18 counts as zero: it is similar to nothing.
         reduction: "mean" over anchors (weighted by `sample_weight`), "sum", or "none".
         backend: "auto", "dense" (an N x N matrix; twice differentiable) or "tiled" (linear memory).
 
@@ -126,7 +127,9 @@ def gen_supcon_loss(
     teacher_weight = check_number("teacher_weight", teacher_weight)
     scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
     terms = [
-        _reduce(likelihood * (-factor / (mass + _EPS)), mass, batch.sample_weight, reduction, empty_anchors)
+        _reduce(
+            likelihood * ((mass + _EPS).reciprocal() * -factor), mass, batch.sample_weight, reduction, empty_anchors
+        )
         for likelihood, mass in _log_likelihoods(batch, scale, backend)
     ]
     return terms[0] if batch.teacher_labels is None else terms[0] + teacher_weight * terms[1]

@@ -61,9 +61,9 @@ def test_no_matrix_exists_at_any_time(kind):
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_memory_grows_linearly(kind):
-    small, large, larger = (peak_bytes(*make(n, kind), "tiled") for n in (2048, 4096, 8192))
-    # Constant parts (a tile, a chunk) cancel in differences: doubling the step doubles the growth, and no more.
-    assert larger - large <= 2.2 * (large - small)
+    few, many = 4096, 16384
+    per_row = (peak_bytes(*make(many, kind), "tiled") - peak_bytes(*make(few, kind), "tiled")) / (many - few)
+    assert per_row <= 16 * 4 * (D + C)  # sixteen rows of features and labels; a matrix would take 4 (many + few) bytes
 
 
 def test_sixteen_thousand_rows_take_less_than_a_hundred_megabytes():

@@ -26,9 +26,8 @@ def log_softmax(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: 
     if self_offset is not None:
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
-        without_self = torch.zeros_like(logits)
-        without_self.diagonal(self_offset).fill_(torch.finfo(logits.dtype).min)
-        logits = logits + without_self
+        # Behind autograd's back: probability and weight are zero there, and so is every derivative.
+        logits.detach().diagonal(self_offset).fill_(torch.finfo(logits.dtype).min)
     return logits.log_softmax(1)
 
 
