@@ -186,7 +186,9 @@ def _class_sum_kernel(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) 
     # In float64 sums over large classes stay exact; counts are exact in either.
     dtype = torch.float64 if has_fast_float64(x.device) else x.dtype
     summands = torch.cat([x, x.new_ones(x.shape[0], 1)], 1)
-    total = x.new_zeros(a.shape[0] + b.shape[0], summands.shape[1], dtype=dtype)
+    # As many rows as there can be classes; as there are classes where that is free to know.
+    num_classes = 1 + max(int(a.max()), int(b.max())) if a.device.type == "cpu" else a.shape[0] + b.shape[0]
+    total = x.new_zeros(num_classes, summands.shape[1], dtype=dtype)
     for rows in _chunks(b.shape[0], x.shape[1], x.device):
         _add_rows(total, b[rows], summands[rows].to(dtype))
     sums = x.new_empty(a.shape[0], summands.shape[1])

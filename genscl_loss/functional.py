@@ -77,12 +77,13 @@ def gen_supcon_loss(
             times the loss with these in place of `labels`; both share one log-sum-exp.
         contrast_teacher_labels: The teacher's labels of `contrast_features`.
         teacher_weight: alpha >= 0 of the paper.
-        sample_weight: (N,) or (N, V), not negative, multiplies the losses of its anchors.
+        sample_weight: (N,) or (N, V), not negative, multiplies the losses of its anchors. The mean is a weighted one:
+            divided by the sum of the weights, and 0 if that is 0.
         empty_anchors: What anchors without positives (W_i <= 1e-8) count. "zero": 0 in the mean, as in the paper's
             code and SupContrast. "ignore": the mean is over the others, as in pytorch-metric-learning.
         normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row
             shorter than 1e-18 counts as zero: it is similar to nothing.
-        reduction: "mean" over anchors (weighted by `sample_weight`), "sum", or "none".
+        reduction: "mean" over anchors, "sum" or "none".
         backend: "auto", "dense" (an N x N matrix; twice differentiable) or "tiled" (linear memory).
 
     Returns:
@@ -107,7 +108,7 @@ def gen_supcon_loss(
         tensor([1.3136, 4.5215, 1.8806])
 
     References:
-        Kim, Chang, Park, "A Generalized Supervised Contrastive Learning Framework", https://arxiv.org/abs/2206.00384
+        Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
         Khosla et al., "Supervised Contrastive Learning", https://arxiv.org/abs/2004.11362
     """
     check_choice("reduction", reduction, _REDUCTIONS)
@@ -163,7 +164,7 @@ def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperatu
         8.909
 
     References:
-        Kim, Chang, Park, https://arxiv.org/abs/2206.00384
+        Kim et al., https://arxiv.org/abs/2206.00384
     """
     if isinstance(num_contrasts, bool) or not isinstance(num_contrasts, int):
         raise TypeError(f"num_contrasts must be an integer; got {type(num_contrasts).__name__}")
@@ -183,7 +184,7 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
     backend = choose(backend, anchors.shape[0], batch.num_contrasts)
     if batch.num_contrasts == 0:  # 0 with a zero gradient, except that what is NaN stays NaN
-        zero = anchors.sum(1) * 0
+        zero = anchors.sum(1) * scale * 0
         return [(zero, zero.detach())] * len(all_labels)
     others = anchors if contrasts is None else contrasts
     if backend == "dense":

@@ -55,7 +55,7 @@ def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: flo
 
     References:
         Szegedy et al., Rethinking the Inception Architecture for Computer Vision, arXiv:1512.00567.
-        Kim et al., A Generalized Supervised Contrastive Learning Framework, arXiv:2206.00384.
+        Kim et al., Generalized Supervised Contrastive Learning, arXiv:2206.00384.
     """
     check_number("smoothing", smoothing, at_most=1)
     soft = _label_vectors(labels, num_classes)
@@ -85,7 +85,7 @@ def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
-        Kim et al., A Generalized Supervised Contrastive Learning Framework, arXiv:2206.00384.
+        Kim et al., Generalized Supervised Contrastive Learning, arXiv:2206.00384.
     """
     _check_tensor("logits", logits, "(..., C)", 1, floating=True)
     check_number("temperature", temperature, positive=True)
@@ -230,7 +230,7 @@ def mixup_cutmix(
         (torch.Size([4, 3, 8, 8]), torch.Size([4, 3]))
 
     References:
-        Kim et al., A Generalized Supervised Contrastive Learning Framework, arXiv:2206.00384.
+        Kim et al., Generalized Supervised Contrastive Learning, arXiv:2206.00384.
     """
     # Everything that either branch refuses is refused here: an error must not depend on the draw.
     _check_tensor("images", images, "(N, ..., H, W)", 3, floating=True)

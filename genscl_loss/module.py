@@ -42,7 +42,7 @@ class GenSupConLoss(nn.Module):
         torch.Size([])
 
     References:
-        Kim, Chang, Park, https://arxiv.org/abs/2206.00384
+        Kim et al., https://arxiv.org/abs/2206.00384
     """
 
     def __init__(
