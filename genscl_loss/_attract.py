@@ -153,6 +153,7 @@ def _vector_sum_blocks(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None)
     if selves.start == selves.stop:
         return out
     none = torch.zeros_like(blocks[:1])
+    # Exclusive prefix sums plus exclusive suffix sums: for each block the sum of all others.
     others = torch.cat([none, blocks[:-1].cumsum(0)]) + torch.cat([blocks[1:].flip(0).cumsum(0).flip(0), none])
     left = a.new_zeros(m + pad, c)  # anchors laid out as the contrasts that they are: anchor and self share a block
     left[own] = a[selves]
@@ -186,7 +187,7 @@ def _class_sum_kernel(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) 
     # In float64 sums over large classes stay exact; counts are exact in either.
     dtype = torch.float64 if has_fast_float64(x.device) else x.dtype
     summands = torch.cat([x, x.new_ones(x.shape[0], 1)], 1)
-    # As many rows as there can be classes; as there are classes where that is free to know.
+    # One row for each class; off the CPU, where counting them would wait, one for each class that there could be.
     num_classes = 1 + max(int(a.max()), int(b.max())) if a.device.type == "cpu" else a.shape[0] + b.shape[0]
     total = x.new_zeros(num_classes, summands.shape[1], dtype=dtype)
     for rows in _chunks(b.shape[0], x.shape[1], x.device):

@@ -1,4 +1,4 @@
-"""At the door: every form that users have becomes one canonical batch, or an error that names the argument.
+"""Input handling: every form that users have becomes one canonical batch, or an error that names the argument.
 
 Nothing behind this file asks how many views there were, which contrast mode was chosen or what the labels looked like.
 Rows are view-major throughout: row v * N + n is view v of sample n.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genscl_loss._attract import ClassLabels, Labels, Similarity, VectorLabels
-from genscl_loss._checks import check_tensor, check_values, kind
+from genscl_loss._checks import check_tensor, check_values, kind, may_look_at
 
 CONTRAST_MODES = ("all", "one", "first")
 
@@ -21,7 +21,8 @@ class Batch(NamedTuple):
 
     anchors: Tensor  # (A, D), float32 or float64, of unit length if asked for
     contrasts: Tensor | None  # (M, D); None: the anchors themselves
-    self_offset: int | None  # anchor i is contrast i + self_offset; None: no anchor is a contrast
+    # Anchor i is contrast i + self_offset; None: no anchor is a contrast. 0 while all contrasts are of one process.
+    self_offset: int | None
     labels: Labels
     teacher_labels: Labels | None
     sample_weight: Tensor | None  # (A,)
@@ -104,10 +105,15 @@ class _Views(NamedTuple):
         return self.num_anchor_views * self.num_samples
 
     @property
-    def num_contrasts(self) -> int:
+    def num_contrast_rows(self) -> int:
         if self.contrast_features is not None:
             return self.contrast_features.shape[0]
-        return len(range(self.num_given)[self.contrast_views]) * self.num_samples
+        return len(self.features[self.contrast_views]) * self.num_samples
+
+    @property
+    def are_self_contrast(self) -> bool:
+        """Whether anchors and contrasts are the same rows."""
+        return self.self_offset is not None and self.num_anchors == self.num_contrast_rows
 
     @property
     def device(self) -> torch.device:
@@ -130,9 +136,10 @@ class _Views(NamedTuple):
         rows = self._finish("features", _stack(self.features), normalize)
         if self.contrast_features is not None:
             return rows, self._finish("contrast_features", self.contrast_features, normalize)
-        if self.contrast_views.start == 0:
-            return (rows, None) if self.num_anchors == rows.shape[0] else (rows[: self.num_anchors], rows)
-        return rows[: self.num_samples], rows[self.num_samples :]
+        if self.are_self_contrast:
+            return rows, None
+        first = self.contrast_views.start * self.num_samples
+        return rows[: self.num_anchors], rows[first:]
 
     def _finish(self, name: str, rows: Tensor, normalize: bool) -> Tensor:
         check_values(name, rows, signed=True, only_if_asked=True)  # NaN in the loss is what gradient scalers look for
@@ -147,8 +154,9 @@ def unit_rows(rows: Tensor) -> Tensor:
     """
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     constant = length.detach()
-    # Plus NaN where squares overflow (divided by infinity, the row would pass for zeros), plus one where it is short.
-    return rows / (length + (constant - constant).add_(constant < 1e-18))
+    # One where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for zeros.
+    correction = (constant - constant).add_(constant < 1e-18)
+    return rows / (length + correction)
 
 
 def _stack(views: Sequence[Tensor]) -> Tensor:
@@ -204,8 +212,7 @@ def _labels(
     if views.contrast_features is None:
         if contrast_labels is not None:
             raise ValueError(f"{contrast_name} describes contrast_features, which is missing")
-        contrasts = anchors if views.self_offset == 0 and views.num_anchors == views.num_contrasts else None
-        contrasts = views.contrast_rows(per_view) if contrasts is None else contrasts
+        contrasts = anchors if views.are_self_contrast else views.contrast_rows(per_view)
     else:
         contrasts = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
     if anchors.dim() == 1:
@@ -223,14 +230,14 @@ def _paired_views(views: _Views) -> ClassLabels:
                 "labels is missing and features has one view: nothing could be a positive. Give labels, a second view, "
                 "or contrast_features"
             )
-    elif views.num_contrasts != views.num_samples:
+    elif views.num_contrast_rows != views.num_samples:
         raise ValueError(
             f"labels is missing: row n of contrast_features is then the positive of sample n, which needs "
-            f"{views.num_samples} rows; got {views.num_contrasts}"
+            f"{views.num_samples} rows; got {views.num_contrast_rows}"
         )
     sample = torch.arange(views.num_samples, device=views.device)
     anchors = sample.repeat(views.num_anchor_views)
-    return ClassLabels(anchors, sample.repeat(max(1, views.num_contrasts // views.num_samples)))
+    return ClassLabels(anchors, sample.repeat(views.num_contrast_rows // views.num_samples))
 
 
 def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -> Sequence[Tensor]:
@@ -240,7 +247,12 @@ def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -
     expected = f"{name} must be (N,), (N, C), (N, V, C) or a sequence of V tensors (N,) or (N, C)"
     if isinstance(labels, Tensor):
         if labels.dim() not in (1, 2, 3) or labels.shape[0] != n or (labels.dim() == 3 and labels.shape[1] != v):
-            raise ValueError(f"{expected}, with N = {n} and V = {v}; got shape {tuple(labels.shape)}")
+            hint = ""
+            if labels.dim() and labels.shape[0] == n * v:
+                hint = "; give a label for each sample, not for each row, or a sequence of V tensors"
+            elif labels.dim() and labels.shape[0] == v:
+                hint = "; are the views first in features? They come second, features.transpose(0, 1)"
+            raise ValueError(f"{expected}, with N = {n} and V = {v}; got shape {tuple(labels.shape)}{hint}")
         per_view: Sequence[Tensor] = labels.unbind(1) if labels.dim() == 3 else [labels] * v
         given: Sequence[Tensor] = [labels]
     elif isinstance(labels, (tuple, list)) and all(isinstance(view, Tensor) for view in labels):
@@ -254,7 +266,20 @@ def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -
         raise TypeError(f"{expected}; got {kind(labels)}")
     for tensor in given:
         _check_label_tensor(name, tensor, views.device)
+    if isinstance(labels, Tensor) and labels.dim() == 2 and 1 < labels.shape[1] == v:
+        _check_no_class_numbers(name, labels)
     return per_view
+
+
+def _check_no_class_numbers(name: str, labels: Tensor) -> None:
+    """Integers (N, V) are most likely a class for each view; read as label vectors they would be silently wrong."""
+    if labels.is_floating_point() or labels.dtype == torch.bool or not may_look_at(labels):
+        return
+    if labels.amax().item() > 1:
+        raise ValueError(
+            f"{name} of shape (N, V) and dtype {labels.dtype} would be read as label vectors; for class numbers of "
+            f"each view pass a sequence, {name}.unbind(1), for label vectors {name}.float()"
+        )
 
 
 def _check_label_tensor(name: str, labels: Tensor, device: torch.device) -> None:
@@ -272,7 +297,7 @@ def _check_label_tensor(name: str, labels: Tensor, device: torch.device) -> None
 def _check_contrast_labels(
     name: str, labels: Tensor | None, anchor_name: str, anchors: Tensor, views: _Views
 ) -> Tensor:
-    expected = (views.num_contrasts, *anchors.shape[1:])
+    expected = (views.num_contrast_rows, *anchors.shape[1:])
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor; got {kind(labels)}")
     if tuple(labels.shape) != expected:
@@ -299,8 +324,8 @@ def _classes(anchors: Tensor, contrasts: Tensor) -> ClassLabels:
 def _similarity(weights: Tensor, views: _Views) -> Similarity:
     name = "label_similarity"
     check_tensor(name, weights, views.device)
-    full = (views.num_anchors, views.num_contrasts)
-    tiled = (views.num_samples, views.num_contrasts if views.contrast_features is not None else views.num_samples)
+    full = (views.num_anchors, views.num_contrast_rows)
+    tiled = (views.num_samples, views.num_contrast_rows if views.contrast_features is not None else views.num_samples)
     shape = tuple(weights.shape)
     if shape not in (full, tiled):
         raise ValueError(f"{name} must be {full}, anchors by contrasts, or {tiled}, tiled over views; got {shape}")

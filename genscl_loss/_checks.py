@@ -23,6 +23,12 @@ def validate(enabled: bool = True) -> Iterator[None]:
     Args:
         enabled: False switches the checks of an enclosing `validate()` off again.
 
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: From calls inside: NaN, infinite or negative entries, with the name of the argument.
+
     Example:
         >>> import torch
         >>> from genscl_loss import gen_supcon_loss, validate
@@ -50,11 +56,16 @@ def check_number(name: str, value: float, *, positive: bool = False, at_most: fl
     return float(value)
 
 
+def may_look_at(values: Tensor) -> bool:
+    """Whether values may be read: for free on the CPU, elsewhere only if asked for, and never while tracing."""
+    return not torch.compiler.is_compiling() and (values.device.type == "cpu" or _validating.get())
+
+
 def check_values(
     name: str, values: Tensor, *, positive: bool = False, signed: bool = False, only_if_asked: bool = False
 ) -> None:
     """Finite and, unless signed, not negative (or positive), where looking at values is free or asked for."""
-    if torch.compiler.is_compiling() or not (_validating.get() or (values.device.type == "cpu" and not only_if_asked)):
+    if not may_look_at(values) or (only_if_asked and not _validating.get()):
         return
     if values.numel() == 0 or (signed and not values.is_floating_point()):
         return
@@ -83,5 +94,8 @@ def check_tensor(name: str, value: object, device: torch.device) -> None:
 
 
 def kind(value: object) -> str:
-    """What to call a value of the wrong type."""
-    return type(value).__name__
+    """What to call a value of the wrong type, and how to make a tensor of it."""
+    name = type(value).__name__
+    if name == "ndarray":
+        return f"{name}: torch.from_numpy makes a tensor of it"
+    return f"{name}: torch.tensor makes a tensor of it" if isinstance(value, (list, tuple)) else name

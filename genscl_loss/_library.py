@@ -17,9 +17,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _library: Any = torch.library.Library("genscl_loss", "DEF")  # type: ignore[no-untyped-call]
 
 
+def _autocast_is_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # torch knows no autocast for meta tensors
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which products keep their dtype, also inside a caller's autocast region."""
-    if torch.is_autocast_enabled(device.type):
+    if _autocast_is_on(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -40,7 +44,7 @@ def define_operator(
         signature: Arguments and results in torch's schema language; the first argument is a tensor.
         kernel: Computes the result; writes to none of its arguments and returns none of them.
         fake: Returns an empty tensor of the result's shape, dtype and strides.
-        setup_context: Saves what `backward` needs, as in `torch.autograd.Function`.
+        setup_context: Saves what `backward` needs, at least one tensor, as in `torch.autograd.Function`.
         backward: The derivative, as in `torch.autograd.Function`.
 
     Returns:
@@ -81,7 +85,7 @@ def has_fast_float64(device: torch.device) -> bool:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product a @ b, in both directions in the dtype that they have, whatever autocast says."""
-    product: Tensor = _matmul(a, b) if torch.is_autocast_enabled(a.device.type) else a @ b
+    product: Tensor = _matmul(a, b) if _autocast_is_on(a.device) else a @ b
     return product
 
 

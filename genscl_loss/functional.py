@@ -57,11 +57,11 @@ def gen_supcon_loss(
 
     Args:
         features: Embeddings of N samples in V views: (N, D), (N, V, ...) with the dots flattened to D, or a sequence
-            of V tensors (N, D). Floating-point; half precision is computed in float32.
-        labels: Class numbers (N,) of any real dtype, compared by equality; label vectors (N, C), not negative, rows
-            of any sum, a row of zeros meaning "unlabelled"; (N, V, C) or a sequence of V tensors (N,) or (N, C) where
-            views have labels of their own. None: the views of a sample are its positives, or, with
-            `contrast_features` of N rows, row n is the positive of sample n.
+            of V tensors (N, D). Samples first, then views. Floating-point; half precision is computed in float32.
+        labels: Class numbers (N,) of any real dtype, compared by equality (none of them, -1 neither, means
+            "unlabelled"); label vectors (N, C), not negative, rows of any sum, a row of zeros meaning "unlabelled";
+            (N, V, C) or a sequence of V tensors (N,) or (N, C) where views have labels of their own. None: the views
+            of a sample are its positives, or, with `contrast_features` of N rows, row n is the positive of sample n.
         label_similarity: w itself, instead of labels, not negative, not necessarily symmetric: (anchors, contrasts), or
             (N, N), which is tiled over views. The entry of an anchor with itself is ignored.
         temperature: tau > 0, a number or a 0-dim tensor, which may be learnable.
@@ -81,8 +81,8 @@ def gen_supcon_loss(
             divided by the sum of the weights, and 0 if that is 0.
         empty_anchors: What anchors without positives (W_i <= 1e-8) count. "zero": 0 in the mean, as in the paper's
             code and SupContrast. "ignore": the mean is over the others, as in pytorch-metric-learning.
-        normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row
-            shorter than 1e-18 counts as zero: it is similar to nothing.
+        normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row shorter than 1e-18
+            counts as zero: it is similar to nothing. In float32 a row longer than 1e19 gives NaN.
         reduction: "mean" over anchors, "sum" or "none".
         backend: "auto", "dense" (an N x N matrix; twice differentiable) or "tiled" (linear memory).
 
@@ -233,7 +233,6 @@ def _scale_and_factor(
         temperature = temperature.to(anchors.dtype)
         return temperature.reciprocal(), 1.0 if base is None else temperature.detach() / base
     temperature = check_number("temperature", temperature, positive=True)
-    # On the CPU, wherever the features are: a 0-dim CPU tensor goes with tensors of any device and can be read for
-    # free.
+    # On the CPU, wherever the features are: 0-dim CPU tensors go with tensors of any device and are free to read.
     scale = torch.full((), 1 / temperature, dtype=anchors.dtype)
     return scale, 1.0 if base is None else temperature / base

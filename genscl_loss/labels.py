@@ -260,8 +260,10 @@ def _label_vectors(labels: Tensor, num_classes: int | None) -> Tensor:
 
 
 def _one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
-    if num_classes is None or num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, as labels are class indices (N,); got {num_classes}")
+    if num_classes is None:
+        raise ValueError("num_classes is missing: labels are class indices (N,)")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
     indices = labels.long()
     if indices.device.type == "cpu" and indices.numel() > 0 and not torch.compiler.is_compiling():
         low, high = int(indices.min()), int(indices.max())

@@ -17,6 +17,8 @@ _LOG_RANGE = (math.log(_MIN_TEMPERATURE), math.log(_MAX_TEMPERATURE))
 class GenSupConLoss(nn.Module):
     """`gen_supcon_loss` with its options kept; the equation and all arguments are described there.
 
+    Note for users of SupContrast: its `contrast_mode="one"` is "first" here.
+
     Args:
         temperature: tau > 0; the initial value if it is learnable.
         contrast_mode: "all", "one" or "first".
@@ -59,7 +61,6 @@ class GenSupConLoss(nn.Module):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__()
-        temperature = check_number("temperature", temperature, positive=True)
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
         self.teacher_weight = teacher_weight
@@ -68,7 +69,7 @@ class GenSupConLoss(nn.Module):
         self.reduction = reduction
         self.backend = backend
         self.log_temperature: nn.Parameter | None = None
-        self._temperature = temperature
+        self._temperature = _fixed(temperature)
         if learnable_temperature:
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(
@@ -80,8 +81,14 @@ class GenSupConLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: the number, or a 0-dim tensor that depends on the parameter."""
+        """tau: the number, which may be set, or if it is learnable a 0-dim tensor in [0.01, 1]."""
         return self._temperature if self.log_temperature is None else self.log_temperature.clamp(*_LOG_RANGE).exp()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if self.log_temperature is not None:
+            raise AttributeError("temperature is learnable here: change log_temperature")
+        self._temperature = _fixed(value)
 
     def forward(
         self,
@@ -142,3 +149,9 @@ class GenSupConLoss(nn.Module):
             if option.name not in ("self", "temperature") and value != option.default:
                 shown.append(f"{option.name}={value!r}")
         return ", ".join(shown if self.log_temperature is None else [*shown, "learnable_temperature=True"])
+
+
+def _fixed(temperature: float) -> float:
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature must be a number; for a parameter pass learnable_temperature=True")
+    return check_number("temperature", temperature, positive=True)

@@ -474,3 +474,24 @@ def test_the_function_pickles():
 def test_the_module_refuses_wrong_options_when_it_is_made(options, exception, message):
     with pytest.raises(exception, match=message):
         GenSupConLoss(**options)
+
+
+def test_class_numbers_of_each_view_are_not_taken_for_label_vectors():
+    features, classes = torch.randn(4, 2, 8), torch.tensor([[0, 0], [1, 1], [2, 2], [2, 2]])
+    with pytest.raises(ValueError, match=r"^labels of shape \(N, V\) .* labels.unbind\(1\)"):
+        gen_supcon_loss(features, classes)
+    torch.testing.assert_close(gen_supcon_loss(features, classes.unbind(1)), gen_supcon_loss(features, classes[:, 0]))
+    multi_hot = classes.clamp(max=1)
+    torch.testing.assert_close(gen_supcon_loss(features, multi_hot), gen_supcon_loss(features, multi_hot.float()))
+
+
+def test_likely_mistakes_get_a_hint():
+    features = torch.randn(6, 2, 8)
+    with pytest.raises(ValueError, match="^labels .* are the views first"):
+        gen_supcon_loss(features.transpose(0, 1), torch.arange(6))
+    with pytest.raises(ValueError, match="^labels .* give a label for each sample, not for each row"):
+        gen_supcon_loss(features, torch.arange(12))
+    with pytest.raises(TypeError, match="^labels .* got list: torch.tensor makes a tensor of it"):
+        gen_supcon_loss(features, [0, 1, 2, 3, 4, 5])
+    with pytest.raises(TypeError, match="^features .* got ndarray: torch.from_numpy makes a tensor of it"):
+        gen_supcon_loss(features.numpy(), torch.arange(6))

@@ -251,3 +251,22 @@ def test_a_half_precision_module_still_works():
 def test_training_mode_does_not_matter():
     loss = GenSupConLoss()
     assert torch.equal(loss.train()(FEATURES, LABELS), loss.eval()(FEATURES, LABELS))
+
+
+def test_the_temperature_can_be_scheduled():
+    criterion = GenSupConLoss(temperature=0.5)
+    criterion.temperature = 0.1
+    features, labels = torch.randn(6, 4), torch.arange(6) % 2
+    torch.testing.assert_close(criterion(features, labels), gen_supcon_loss(features, labels, temperature=0.1))
+    with pytest.raises(ValueError, match="^temperature must be finite and > 0"):
+        criterion.temperature = -1.0
+    with pytest.raises(TypeError, match="^temperature must be a number; for a parameter pass learnable_temperature"):
+        GenSupConLoss(temperature=torch.nn.Parameter(torch.tensor(0.1)))
+    with pytest.raises(AttributeError, match="^temperature is learnable"):
+        GenSupConLoss(learnable_temperature=True).temperature = 0.1
+
+
+def test_the_module_can_be_made_on_the_meta_device():
+    with torch.device("meta"):
+        criterion = GenSupConLoss(learnable_temperature=True)
+    assert criterion.log_temperature.is_meta

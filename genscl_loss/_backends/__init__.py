@@ -1,4 +1,4 @@
-"""Who computes the pairwise half of the loss: the only place that chooses.
+"""Who computes the pairwise half of the loss.
 
 - `dense` takes the equation as it stands, on whole matrices. Fastest on small batches, twice differentiable.
 - `tiled` holds one tile of logits. Linear memory, fastest on all larger ones.
@@ -8,8 +8,8 @@ Without a matrix, all that is left to compute over pairs is the row log-sum-exp 
     lse_i = log sum_{j != i + self_offset} exp(scale * anchors_i . contrasts_j),
 
 one operator that knows nothing of labels (`genscl_loss._attract` is the other half). A backend for it is a pair of pure
-functions, `row_lse` and `row_lse_grad`, in a file of its own. A backend asked for by name is used or refused, never
-replaced.
+functions, `row_lse` and `row_lse_grad`, in a file of its own. `choose` is the only place that chooses; a backend asked
+for by name is used or refused, never replaced.
 """
 
 from typing import Any
@@ -19,17 +19,22 @@ from torch import Tensor
 from genscl_loss._backends import tiled
 from genscl_loss._library import define_operator
 
+_ROW_LSE = {"tiled": tiled}  # who computes the operator below, by name
+
 _DENSE_AT_MOST = 2**18  # logits; up to here both halves of the loss sharing each pass outweigh the memory traffic
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend=` accepts on this machine, besides "auto".
+    """Names that `backend=` accepts, besides "auto".
+
+    Returns:
+        The names, the reference first.
 
     Example:
         >>> available_backends()
         ('dense', 'tiled')
     """
-    return ("dense", "tiled")
+    return ("dense", *_ROW_LSE)
 
 
 def choose(backend: str, num_anchors: int, num_contrasts: int) -> str:
@@ -50,7 +55,7 @@ def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offse
         contrasts: (M, D) of the same dtype; None contrasts the anchors with themselves (M = A, self_offset = 0).
         scale: 0-dim tensor, one over the temperature.
         self_offset: anchor i is contrast i + self_offset; None if no anchor is among the contrasts.
-        backend: "tiled".
+        backend: A key of `_ROW_LSE`.
 
     Returns:
         (A,); -inf for an anchor that has no contrast.
@@ -62,7 +67,8 @@ def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offse
 def _lse_kernel(
     anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, backend: str
 ) -> Tensor:
-    return tiled.row_lse(anchors, contrasts, scale, self_offset)
+    lse: Tensor = _ROW_LSE[backend].row_lse(anchors, contrasts, scale, self_offset)
+    return lse
 
 
 def _lse_fake(
@@ -100,7 +106,8 @@ def _grad_kernel(
     contrasts_need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    d_anchors, d_contrasts = tiled.row_lse_grad(grad, lse, anchors, contrasts, scale, self_offset, contrasts_need_grad)
+    compute = _ROW_LSE[backend].row_lse_grad
+    d_anchors, d_contrasts = compute(grad, lse, anchors, contrasts, scale, self_offset, contrasts_need_grad)
     return d_anchors, anchors.new_empty(0) if d_contrasts is None else d_contrasts
 
 
