@@ -217,7 +217,8 @@ def _labels(
         contrasts = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
     if anchors.dim() == 1:
         return _classes(anchors, contrasts)
-    dtype = torch.promote_types(views.dtype, torch.promote_types(anchors.dtype, contrasts.dtype))
+    is_double = torch.float64 in (views.dtype, anchors.dtype, contrasts.dtype)
+    dtype = torch.float64 if is_double else torch.float32
     left = unit_rows(anchors.to(dtype))
     return VectorLabels(left, left if contrasts is anchors else unit_rows(contrasts.to(dtype)))
 
@@ -266,6 +267,8 @@ def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -
         raise TypeError(f"{expected}; got {kind(labels)}")
     for tensor in given:
         _check_label_tensor(name, tensor, views.device)
+        if tensor.dim() == 1 and tensor.dtype != given[0].dtype:  # 2^24 + 1 and 2^24 are one number in float32
+            raise TypeError(f"{name} must be of one dtype in all views; got {given[0].dtype} and {tensor.dtype}")
     if isinstance(labels, Tensor) and labels.dim() == 2 and 1 < labels.shape[1] == v:
         _check_no_class_numbers(name, labels)
     return per_view
@@ -286,10 +289,10 @@ def _check_label_tensor(name: str, labels: Tensor, device: torch.device) -> None
     check_tensor(name, labels, device)
     if labels.dim() > 1 and labels.shape[-1] == 0:
         raise ValueError(f"{name} has no classes; got shape {tuple(labels.shape)}")
-    if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
+    if labels.dim() > 1 and labels.shape[-1] == 1 and not labels.is_floating_point():
         raise ValueError(
             f"{name} of shape (N, 1) and dtype {labels.dtype} could mean class numbers or label vectors of one class; "
-            f"use {name}.squeeze(1) for class numbers, {name}.float() for label vectors"
+            f"use {name}.squeeze(-1) for class numbers, {name}.float() for label vectors"
         )
     check_values(name, labels, signed=labels.dim() == 1)
 
@@ -306,6 +309,8 @@ def _check_contrast_labels(
             f"got {tuple(labels.shape)}"
         )
     _check_label_tensor(name, labels, views.device)
+    if labels.dim() == 1 and labels.dtype != anchors.dtype:
+        raise TypeError(f"{name} must have the dtype of {anchor_name}, {anchors.dtype}; got {labels.dtype}")
     return labels
 
 

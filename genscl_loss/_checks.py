@@ -9,6 +9,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+# Types in which torch finds the smallest and largest entry; others, wide unsigned integers and eight-bit floats, go
+# through float64.
+_HAVE_EXTREMES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool}
+_HAVE_EXTREMES |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
 _validating: ContextVar[bool] = ContextVar("genscl_loss_validating", default=False)
 
 
@@ -18,7 +23,8 @@ def validate(enabled: bool = True) -> Iterator[None]:
 
     Outside it, values of labels, similarities, weights and temperature (negative, NaN, infinite) are checked where
     that is free, on CPU tensors; on a GPU each check makes the host wait for the device. Shapes, dtypes and devices
-    are always checked. Values are never checked while `torch.compile` or `torch.export` traces.
+    are always checked. Values are never checked while `torch.compile` or `torch.export` traces. The context is that of
+    the current thread.
 
     Args:
         enabled: False switches the checks of an enclosing `validate()` off again.
@@ -48,12 +54,16 @@ def validate(enabled: bool = True) -> Iterator[None]:
 
 def check_number(name: str, value: float, *, positive: bool = False, at_most: float = math.inf) -> float:
     """A finite Python number that is not negative (or positive), and not above a limit."""
-    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the first two spare a slow look at Real
         raise TypeError(f"{name} must be a number; got {kind(value)}")
-    if not (value > 0 if positive else value >= 0) or value > at_most or value == math.inf:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (number > 0 if positive else number >= 0) or number > at_most or number == math.inf:
         limit = "" if at_most == math.inf else f" and <= {at_most:g}"
         raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}{limit}; got {value}")
-    return float(value)
+    return number
 
 
 def may_look_at(values: Tensor) -> bool:
@@ -69,7 +79,10 @@ def check_values(
         return
     if values.numel() == 0 or (signed and not values.is_floating_point()):
         return
-    smallest, largest = (extreme.item() for extreme in values.detach().aminmax())  # NaN if any entry is
+    values = values.detach()
+    if values.dtype not in _HAVE_EXTREMES:
+        values = values.double()
+    smallest, largest = (extreme.item() for extreme in values.aminmax())  # NaN if any entry is
     if not -math.inf < smallest <= largest < math.inf:
         raise ValueError(f"{name} has NaN or infinite entries")
     if not signed and (smallest <= 0 if positive else smallest < 0):

@@ -7,13 +7,12 @@ gradient.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _library: Any = torch.library.Library("genscl_loss", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -44,33 +43,48 @@ def define_operator(
         signature: Arguments and results in torch's schema language; the first argument is a tensor.
         kernel: Computes the result; writes to none of its arguments and returns none of them.
         fake: Returns an empty tensor of the result's shape, dtype and strides.
-        setup_context: Saves what `backward` needs, at least one tensor, as in `torch.autograd.Function`.
+        setup_context: Saves what `backward` needs, as in `torch.autograd.Function`.
         backward: The derivative, as in `torch.autograd.Function`.
 
     Returns:
         The operator, callable on tensors.
     """
     qualified = f"genscl_loss::{name}"
+
+    def run_kernel(*args: Any) -> Any:
+        with _without_autocast(args[0].device):
+            return kernel(*args)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.device = inputs[0].device
+        setup_context(ctx, inputs, output)
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        with _without_autocast(ctx.device):
+            return backward(ctx, *grads)
+
     _library.define(name + signature)
-    _library.impl(name, _autocast_off(kernel, lambda first, *_: first.device), "CompositeExplicitAutograd")
+    _library.impl(name, run_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
-    torch.library.register_autograd(
-        qualified,
-        _autocast_off(backward, lambda ctx, *_: ctx.saved_tensors[0].device),
-        setup_context=setup_context,
-        lib=_library,
-    )
-    operator: Callable[..., Any] = getattr(torch.ops.genscl_loss, name).default
-    return operator
+    torch.library.register_autograd(qualified, run_backward, setup_context=save, lib=_library)
+    operator = getattr(torch.ops.genscl_loss, name).default
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _refuse_tangents(args)
+        return operator(*args)
+
+    return call
 
 
-def _autocast_off(function: _Function, device_of: Callable[..., torch.device]) -> _Function:
-    @wraps(function)
-    def run(*args: Any) -> Any:
-        with _without_autocast(device_of(*args)):
-            return function(*args)
-
-    return run  # type: ignore[return-value]  # same signature, which `wraps` cannot express
+def _refuse_tangents(args: tuple[Any, ...]) -> None:
+    """Raise where forward-mode differentiation would pass an operator by and take its derivative for zero."""
+    tensors = (value for value in args if isinstance(value, Tensor))
+    unpack: Any = forward_ad.unpack_dual
+    if any(unpack(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            'forward-mode differentiation of the loss needs backend="dense", outside autocast; reverse mode does not'
+        )
 
 
 def has_fast_float64(device: torch.device) -> bool:

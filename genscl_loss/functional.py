@@ -59,9 +59,10 @@ def gen_supcon_loss(
         features: Embeddings of N samples in V views: (N, D), (N, V, ...) with the dots flattened to D, or a sequence
             of V tensors (N, D). Samples first, then views. Floating-point; half precision is computed in float32.
         labels: Class numbers (N,) of any real dtype, compared by equality (none of them, -1 neither, means
-            "unlabelled"); label vectors (N, C), not negative, rows of any sum, a row of zeros meaning "unlabelled";
-            (N, V, C) or a sequence of V tensors (N,) or (N, C) where views have labels of their own. None: the views
-            of a sample are its positives, or, with `contrast_features` of N rows, row n is the positive of sample n.
+            "unlabelled"); label vectors (N, C), not negative, rows of any sum from 1e-18 to 1e19, a row of zeros
+            meaning "unlabelled"; (N, V, C) or a sequence of V tensors (N,) or (N, C) where views have labels of their
+            own. None: the views of a sample are its positives, or, with `contrast_features` of N rows, row n is the
+            positive of sample n.
         label_similarity: w itself, instead of labels, not negative, not necessarily symmetric: (anchors, contrasts), or
             (N, N), which is tiled over views. The entry of an anchor with itself is ignored.
         temperature: tau > 0, a number or a 0-dim tensor, which may be learnable.
@@ -234,5 +235,7 @@ def _scale_and_factor(
         return temperature.reciprocal(), 1.0 if base is None else temperature.detach() / base
     temperature = check_number("temperature", temperature, positive=True)
     # On the CPU, wherever the features are: 0-dim CPU tensors go with tensors of any device and are free to read.
-    scale = torch.full((), 1 / temperature, dtype=anchors.dtype)
+    if temperature < torch.finfo(anchors.dtype).tiny ** 0.5:
+        raise ValueError(f"temperature is too small to compute with in {anchors.dtype}; got {temperature}")
+    scale = torch.full((), 1 / temperature, dtype=anchors.dtype, device="cpu")
     return scale, 1.0 if base is None else temperature / base

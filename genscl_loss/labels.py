@@ -91,6 +91,7 @@ def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
     check_number("temperature", temperature, positive=True)
     scores = logits.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = scores - scores.amax(-1, keepdim=True)  # which a small temperature would turn into infinity
     return torch.softmax(scores / temperature, dim=-1)
 
 

@@ -70,14 +70,14 @@ class GenSupConLoss(nn.Module):
         self.backend = backend
         self.log_temperature: nn.Parameter | None = None
         self._temperature = _fixed(temperature)
+        # Any wrong option shows now, not in the first step of training: the function is the judge.
+        self(torch.zeros(2, 2, 1, device="cpu"))
         if learnable_temperature:
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(
                     f"temperature must be in [{_MIN_TEMPERATURE}, {_MAX_TEMPERATURE}] if learnable; got {temperature}"
                 )
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        # Any wrong option shows now, not in the first step of training: the function is the judge.
-        self(torch.zeros(2, 2, 1))
 
     @property
     def temperature(self) -> float | Tensor:

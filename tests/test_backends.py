@@ -205,3 +205,110 @@ def test_a_backend_asked_for_by_name_is_used_or_refused():
     assert [choose(name, 10**6, 10**6) for name in available_backends()] == list(available_backends())
     with pytest.raises(ValueError, match="^backend must be one of 'auto', 'dense', 'tiled'; got 'triton'"):
         choose("triton", 2, 2)
+
+
+# What other ways to differentiate, and to store, make of the operators
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jvp
+def test_forward_mode_works_on_dense_and_is_refused_on_tiled():
+    x, labels = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    direction = torch.randn_like(x)
+
+    def loss(features, name):
+        return gen_supcon_loss(features, labels, backend=name)
+
+    tangent = torch.func.jvp(lambda v: loss(v, "dense"), (x,), (direction,))[1]
+    leaf = x.clone().requires_grad_()
+    gradient = torch.autograd.grad(loss(leaf, "dense"), leaf)[0]
+    torch.testing.assert_close(tangent, (gradient * direction).sum())
+    with pytest.raises(RuntimeError, match='forward-mode .* backend="dense"'):
+        torch.func.jvp(lambda v: loss(v, "tiled"), (x,), (direction,))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="outside autocast"):
+        torch.func.jvp(lambda v: loss(v, "dense"), (x.float(),), (direction.float(),))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_activation_checkpoints_change_nothing(backend, autocast):
+    features, labels = torch.randn(600, 16, requires_grad=True), torch.softmax(torch.randn(600, 7), 1)
+
+    def gradient(run):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(run(features), features)[0]
+
+    def loss(x):
+        return gen_supcon_loss(x, labels, backend=backend)
+
+    plain = gradient(loss)
+    checkpointed = gradient(lambda x: torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False))
+    assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("size", ["self", "rectangular"])
+def test_gradients_hold_where_logits_are_huge(size):
+    """Logits of 1e5: their rounding, and that of the log-sum-exp, are as large as the differences that count."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(600, 2048, generator=generator)
+    labels = torch.arange(600) % 10
+    queue = 3 * torch.randn(700, 2048, generator=generator)
+    options = {} if size == "self" else {"contrast_features": queue, "contrast_labels": torch.arange(700) % 10}
+
+    def gradient(features, name):
+        features = features.clone().requires_grad_()
+        given = {k: v.to(features.dtype) if v.is_floating_point() else v for k, v in options.items()}
+        loss = gen_supcon_loss(features, labels, temperature=0.02, normalize=False, backend=name, **given)
+        return torch.autograd.grad(loss, features)[0].double()
+
+    exact = gradient(x.double(), "dense")
+    assert (gradient(x, "tiled") - exact).norm() / exact.norm() < 1e-5
+
+
+def test_an_infinite_contrast_is_never_merely_far_away(backend):
+    features, contrasts = torch.ones(4, 2), torch.tensor([[1.0, 1.0], [-torch.inf, 1.0]])
+    loss = gen_supcon_loss(
+        features,
+        torch.zeros(4, dtype=torch.long),
+        contrast_features=contrasts,
+        contrast_labels=torch.tensor([0, 1]),
+        normalize=False,
+        backend=backend,
+    )
+    assert not loss.isfinite()
+
+
+def test_nan_shows_even_where_nothing_is_contrasted(backend):
+    one = torch.full((1, 4), math.nan)
+    assert gen_supcon_loss(one, torch.tensor([0]), backend=backend).isnan()
+    empty = {"contrast_features": torch.zeros(0, 4), "contrast_labels": torch.zeros(0, dtype=torch.long)}
+    assert gen_supcon_loss(one, torch.tensor([0]), backend=backend, **empty).isnan()
+
+
+def test_one_shift_leaves_room_below_for_processors_without_subnormal_numbers():
+    """Anchor 0 sees cosine -1 only. With a bound near the limit its terms are the smallest that the shift allows."""
+    z = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    torch.set_flush_denormal(True)
+    try:
+        for tau in (0.0143, 0.0158, 0.0175, 0.0178, 0.018, 0.02):
+            lse = row_lse(z, None, torch.tensor(1 / tau), 0, "tiled")
+            torch.testing.assert_close(lse[0].item(), math.log(3) - 1 / tau, rtol=1e-6, atol=0)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_the_dense_backend_hides_the_self_term_from_any_logits():
+    x = torch.tensor([[200.0, 0.0], [-200.0, 1.0], [-200.0, 2.0], [-200.0, -2.0]])
+    labels = torch.zeros(4, dtype=torch.long)
+    options = {"temperature": 1.0, "base_temperature": None, "normalize": False, "reduction": "none"}
+    dense, tiled_ = (gen_supcon_loss(x.double(), labels, backend=name, **options) for name in ("dense", "tiled"))
+    torch.testing.assert_close(dense, tiled_)
+    assert dense[0].item() == pytest.approx(math.log(3))  # three equal contrasts at -40000
+
+
+def test_sums_over_a_large_class_are_exact():
+    """50,000 equal rows: added up one by one in float32 their sum is off by 1e-3."""
+    n = 50_000
+    x = torch.full((n, 1), 0.1)
+    same = torch.zeros(n, dtype=torch.long)
+    sums, mass = torch.ops.genscl_loss.class_sum(same, same, x, 0)
+    assert mass.unique().tolist() == [n - 1]
+    torch.testing.assert_close(sums.double(), ((n - 1) * x.double()), rtol=1e-6, atol=0)

@@ -495,3 +495,42 @@ def test_likely_mistakes_get_a_hint():
         gen_supcon_loss(features, [0, 1, 2, 3, 4, 5])
     with pytest.raises(TypeError, match="^features .* got ndarray: torch.from_numpy makes a tensor of it"):
         gen_supcon_loss(features.numpy(), torch.arange(6))
+
+
+def test_class_numbers_are_never_compared_after_rounding():
+    features, queue = torch.randn(2, 4), torch.randn(1, 4)
+    with pytest.raises(TypeError, match="^contrast_labels must have the dtype of labels"):
+        gen_supcon_loss(
+            features,
+            torch.tensor([16777217, 0]),
+            contrast_features=queue,
+            contrast_labels=torch.tensor([16777216.0]),
+        )
+    with pytest.raises(TypeError, match="^labels must be of one dtype in all views"):
+        gen_supcon_loss((features, features), (torch.tensor([16777217, 0]), torch.tensor([16777216.0, 0.0])))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 2, 1)])
+def test_one_column_of_integers_is_ambiguous(shape):
+    with pytest.raises(ValueError, match=r"^labels of shape \(N, 1\)"):
+        gen_supcon_loss(torch.randn(4, 2, 3), torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn])
+def test_rare_label_dtypes_work(dtype):
+    hot = torch.eye(4)
+    loss = gen_supcon_loss(torch.ones(4, 2, 3), hot.to(dtype))
+    torch.testing.assert_close(loss, gen_supcon_loss(torch.ones(4, 2, 3), hot))
+
+
+@pytest.mark.parametrize("option", [{"temperature": 1e-40}, {"teacher_weight": 10**400}])
+def test_numbers_beyond_the_dtype_are_named(option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}"):
+        gen_supcon_loss(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]), **option)
+
+
+def test_the_default_device_does_not_matter():
+    features, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+    expected = gen_supcon_loss(features, labels)
+    with torch.device("meta"):
+        assert torch.equal(gen_supcon_loss(features, labels), expected)

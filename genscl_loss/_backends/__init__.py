@@ -127,7 +127,6 @@ def _grad_fake(
 
 def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.backend = inputs[-1]
-    ctx.save_for_backward(inputs[0])
 
 
 def _grad_backward(ctx: Any, *grads: Tensor) -> None:

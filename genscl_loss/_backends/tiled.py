@@ -9,8 +9,10 @@ passes: half the products in the forward pass, three quarters in the backward pa
 
     dz_i = scale * sum_{j != i} (g_i 2^{s_ij - lse_i} + g_j 2^{s_ij - lse_j}) z_j.
 
-Exponentials need a shift. Where all logits provably fit (Cauchy-Schwarz, see `_shift`) one constant serves all rows and
-the two exponentials of the gradient become one; elsewhere each row keeps its running maximum.
+Exponentials need a shift. Where all logits provably fit (Cauchy-Schwarz, see `_shift`) one constant serves all rows
+and the two exponentials of the gradient become one. Elsewhere each row keeps its running maximum, no tile is used
+twice, and the gradient sums each row once more: to large logits the rounding of lse, and of s_ij against s_ji, is not
+small.
 """
 
 import math
@@ -34,14 +36,17 @@ def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offse
     others = anchors if contrasts is None else contrasts
     shift = _shift(scaled, others)
     if shift is None:
-        return _online_lse(scaled, others, self_offset) * math.log(2)
-    total = scaled.new_zeros(scaled.shape[0])
-    for rows, cols, tile in _tiles(scaled, others, self_offset, half=contrasts is None):
-        terms = _exp2(tile, shift)
-        total[rows] += terms.sum(1)
-        if contrasts is None and rows != cols:
-            total[cols] += terms.sum(0)
-    return total.log2_().add_(shift).mul_(math.log(2))
+        lse = _online_lse(scaled, others, self_offset)
+    else:
+        lse = scaled.new_zeros(scaled.shape[0])
+        for rows, cols, tile in _tiles(scaled, others, self_offset, half=contrasts is None):
+            terms = _exp2(tile, shift)
+            lse[rows] += terms.sum(1)
+            if contrasts is None and rows != cols:
+                lse[cols] += terms.sum(0)
+        lse = lse.log2_().add_(shift)
+    # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
+    return lse.mul_(math.log(2)).add_(others.sum() * 0)
 
 
 def row_lse_grad(
@@ -55,33 +60,43 @@ def row_lse_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts."""
     scaled = anchors * (scale * math.log2(math.e))
+    others = anchors if contrasts is None else contrasts
     lse = lse * math.log2(math.e)
-    if contrasts is None:
-        return _self_contrast_grad(grad, lse, anchors, scaled).mul_(scale), None
+    shift = _shift(scaled, others)
+    if contrasts is None and shift is not None:
+        return _symmetric_grad(grad, lse, anchors, scaled, shift).mul_(scale), None
     d_anchors = torch.zeros_like(anchors)
-    d_contrasts = torch.zeros_like(contrasts) if contrasts_need_grad else None
-    for rows, cols, tile in _tiles(scaled, contrasts, self_offset):
+    d_contrasts = d_anchors if contrasts is None else torch.zeros_like(contrasts) if contrasts_need_grad else None
+    if shift is None:
+        grad = grad / _row_sums(lse, scaled, others, self_offset)
+    for rows, cols, tile in _tiles(scaled, others, self_offset):
         weights = tile.sub_(lse[rows, None]).exp2_().mul_(grad[rows, None])
-        add_product(d_anchors[rows], weights, contrasts[cols])
+        add_product(d_anchors[rows], weights, others[cols])
         if d_contrasts is not None:
             d_contrasts[cols].addmm_(weights.T, anchors[rows])
-    return d_anchors.mul_(scale), None if d_contrasts is None else d_contrasts.mul_(scale)
+    d_anchors.mul_(scale)
+    if contrasts is None or d_contrasts is None:
+        return d_anchors, None
+    return d_anchors, d_contrasts.mul_(scale)
 
 
-def _self_contrast_grad(grad: Tensor, lse: Tensor, z: Tensor, scaled: Tensor) -> Tensor:
-    shift = _shift(scaled, z)
-    factor = grad if shift is None else grad * (shift - lse).exp2()
+def _symmetric_grad(grad: Tensor, lse: Tensor, z: Tensor, scaled: Tensor, shift: float) -> Tensor:
+    factor = grad * (shift - lse).exp2()
     dz = torch.zeros_like(z)
     for rows, cols, tile in _tiles(scaled, z, 0, half=True):
-        if shift is None:
-            weights = (tile - lse[rows, None]).exp2_().mul_(factor[rows, None])
-            weights += tile.sub_(lse[cols]).exp2_().mul_(factor[cols])
-        else:
-            weights = _exp2(tile, shift).mul_(factor[rows, None] + factor[cols])
+        weights = _exp2(tile, shift).mul_(factor[rows, None] + factor[cols])
         add_product(dz[rows], weights, z[cols])
         if rows != cols:
             dz[cols].addmm_(weights.T, z[rows])
     return dz
+
+
+def _row_sums(lse: Tensor, scaled: Tensor, others: Tensor, self_offset: int | None) -> Tensor:
+    """sum_j 2^{s_ij - lse_i}: one, but for the rounding of lse."""
+    total = torch.zeros_like(lse)
+    for rows, _, tile in _tiles(scaled, others, self_offset):
+        total[rows] += tile.sub_(lse[rows, None]).exp2_().sum(1)
+    return total
 
 
 def _online_lse(scaled: Tensor, others: Tensor, self_offset: int | None) -> Tensor:
