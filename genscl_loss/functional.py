@@ -97,7 +97,7 @@ def gen_supcon_loss(
         ValueError: A shape, device, mode or value is wrong; the message begins with the name of the argument. Negative,
             NaN and infinite values in labels and the like are looked for in CPU tensors; on a GPU, within `validate()`.
         TypeError: A Python type or a dtype is wrong.
-        RuntimeError: On a second derivative of the "tiled" backend.
+        RuntimeError: On a second derivative, or a forward-mode one, of the "tiled" backend.
 
     Example:
         >>> import torch
