@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-examples  ## Train on scikit-learn's digits and plot th
 	$(BIN)/python examples/digits_demo.py $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
