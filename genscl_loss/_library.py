@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# torch leaves this class, and `is_available` in `products.py`, without types: the two exceptions from strict checking.
 _library: Any = torch.library.Library("genscl_loss", "DEF")  # type: ignore[no-untyped-call]
 
 

@@ -70,8 +70,9 @@ class GenSupConLoss(nn.Module):
         self.backend = backend
         self.log_temperature: nn.Parameter | None = None
         self._temperature = _fixed(temperature)
-        # Any wrong option shows now, not in the first step of training: the function is the judge.
-        self(torch.zeros(2, 2, 1, device="cpu"))
+        # Any wrong option shows now, not in the first step of training: the function is the judge. By name, since a
+        # subclass may have a `forward` of its own.
+        GenSupConLoss.forward(self, torch.zeros(2, 2, 1, device="cpu"))
         if learnable_temperature:
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(

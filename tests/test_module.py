@@ -270,3 +270,13 @@ def test_the_module_can_be_made_on_the_meta_device():
     with torch.device("meta"):
         criterion = GenSupConLoss(learnable_temperature=True)
     assert criterion.log_temperature.is_meta
+
+
+def test_a_subclass_may_have_a_forward_of_its_own():
+    class TwoViews(GenSupConLoss):
+        def forward(self, query, key, classes):
+            return super().forward((query, key), classes)
+
+    q, k, classes = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 2
+    expected = gen_supcon_loss((q, k), classes, temperature=0.1)
+    torch.testing.assert_close(TwoViews(temperature=0.1)(q, k, classes), expected)
