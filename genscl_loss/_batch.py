@@ -26,6 +26,8 @@ class Batch(NamedTuple):
     labels: Labels
     teacher_labels: Labels | None
     sample_weight: Tensor | None  # (A,)
+    unit: bool  # no row is longer than one
+    half: bool  # the features were given in half precision
 
     @property
     def num_contrasts(self) -> int:
@@ -69,7 +71,8 @@ def make_batch(
     elif contrast_teacher_labels is not None:
         raise ValueError("teacher_labels is missing: contrast_teacher_labels came without it")
     anchors, contrasts = views.rows(normalize)
-    return Batch(anchors, contrasts, views.self_offset, own, teacher, _sample_weight(sample_weight, views))
+    weight = _sample_weight(sample_weight, views)
+    return Batch(anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.are_half)
 
 
 class _Views(NamedTuple):
@@ -120,10 +123,20 @@ class _Views(NamedTuple):
         return self.features[0].device
 
     @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the features as given."""
+        given = self.features if self.contrast_features is None else (*self.features, self.contrast_features)
+        return [rows.dtype for rows in given]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the computation."""
-        given = self.features if self.contrast_features is None else (*self.features, self.contrast_features)
-        return torch.float64 if any(rows.dtype == torch.float64 for rows in given) else torch.float32
+        return torch.float64 if torch.float64 in self.dtypes else torch.float32
+
+    @property
+    def are_half(self) -> bool:
+        """Whether products of half precision are all that the features deserve."""
+        return all(dtype in (torch.float16, torch.bfloat16) for dtype in self.dtypes)
 
     def anchor_rows(self, per_view: Sequence[Tensor]) -> Tensor:
         return _stack(per_view[: self.num_anchor_views])

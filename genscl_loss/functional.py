@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genscl_loss._attract import attract, similarity_matrix
-from genscl_loss._backends import available_backends, choose, dense, row_lse
+from genscl_loss._backends import available_backends, choose, dense, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_choice, check_number, check_values, validate
 
@@ -183,7 +183,7 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     """sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
     all_labels = [batch.labels] if batch.teacher_labels is None else [batch.labels, batch.teacher_labels]
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
-    backend = choose(backend, anchors.shape[0], batch.num_contrasts)
+    backend = choose(backend, anchors, batch.num_contrasts)
     if batch.num_contrasts == 0:  # 0 with a zero gradient, except that what is NaN stays NaN
         zero = anchors.sum(1) * scale * 0
         return [(zero, zero.detach())] * len(all_labels)
@@ -193,7 +193,8 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         return [
             dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype)) for labels in all_labels
         ]
-    lse = row_lse(anchors, contrasts, scale, self_offset, backend)
+    precision = "high" if batch.half else float32_precision()
+    lse = row_lse(anchors, contrasts, scale, self_offset, unit=batch.unit, precision=precision, backend=backend)
     likelihoods = []
     for labels in all_labels:  # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix
         attraction, mass = attract(anchors, others, labels, self_offset)

@@ -1,7 +1,8 @@
 """Who computes the pairwise half of the loss.
 
 - `dense` takes the equation as it stands, on whole matrices. Fastest on small batches, twice differentiable.
-- `tiled` holds one tile of logits. Linear memory, fastest on all larger ones.
+- `tiled` holds one tile of logits. Linear memory, fastest on all larger ones on a CPU.
+- `triton` holds logits in registers. Linear memory, on NVIDIA GPUs.
 
 Without a matrix, all that is left to compute over pairs is the row log-sum-exp without the self term,
 
@@ -14,40 +15,85 @@ for by name is used or refused, never replaced.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from genscl_loss._backends import tiled
+from genscl_loss._backends import fused, tiled
+from genscl_loss._backends.plans import MAX_FEATURES
 from genscl_loss._library import define_operator
 
-_ROW_LSE = {"tiled": tiled}  # who computes the operator below, by name
+_NAMES = ("dense", "tiled", "triton")
 
-_DENSE_AT_MOST = 2**18  # logits; up to here both halves of the loss sharing each pass outweigh the memory traffic
+# Logits up to which both halves of the loss sharing each pass outweigh the memory traffic. On a GPU small batches cost
+# the launches of their kernels, and the dense equation has the fewest. Found by measuring on a CPU, estimated on GPUs.
+_DENSE_AT_MOST = {"cpu": 2**18, "cuda": 2**20}
 
 
 def available_backends() -> tuple[str, ...]:
     """Names that `backend=` accepts, besides "auto".
+
+    "triton" is among them if there is an NVIDIA GPU that it runs on; it takes GPU tensors only.
 
     Returns:
         The names, the reference first.
 
     Example:
         >>> available_backends()
-        ('dense', 'tiled')
+        ('dense', 'tiled'...)
     """
-    return ("dense", *_ROW_LSE)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _NAMES if fused.unavailable(device) is None else _NAMES[:2]
 
 
-def choose(backend: str, num_anchors: int, num_contrasts: int) -> str:
+def choose(backend: str, anchors: Tensor, num_contrasts: int) -> str:
     """Resolve "auto" by the number of logits; check any other name."""
     if backend == "auto":
-        return "dense" if num_anchors * num_contrasts <= _DENSE_AT_MOST else "tiled"
-    if backend not in available_backends():
-        names = ", ".join(repr(name) for name in ("auto", *available_backends()))
+        limit = _DENSE_AT_MOST.get(anchors.device.type, _DENSE_AT_MOST["cpu"])
+        if anchors.shape[0] * num_contrasts <= limit:
+            return "dense"
+        return "triton" if anchors.is_cuda and _why_not_triton(anchors) is None else "tiled"
+    if backend not in _NAMES:
+        names = ", ".join(repr(name) for name in ("auto", *_NAMES))
         raise ValueError(f"backend must be one of {names}; got {backend!r}")
+    if backend == "triton" and (reason := _why_not_triton(anchors)) is not None:
+        raise ValueError(f'backend "triton" cannot be used here: {reason}; "auto" takes another one')
     return backend
 
 
-def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, backend: str) -> Tensor:
+def _why_not_triton(anchors: Tensor) -> str | None:
+    if anchors.dtype != torch.float32:
+        return f"it computes in float32, and the features ask for {anchors.dtype}"
+    if anchors.shape[1] > MAX_FEATURES:
+        return f"it takes up to {MAX_FEATURES} features in a row; got {anchors.shape[1]}"
+    reason: str | None = _unavailable(anchors.device)
+    return reason
+
+
+def _constant(function: Any) -> Any:
+    """Have `torch.compile` take the result as it is while tracing."""
+    mark: Any = torch.compiler.assume_constant_result
+    return mark(function)
+
+
+_unavailable = _constant(fused.unavailable)
+
+
+@_constant
+def float32_precision() -> str:
+    """What `torch.set_float32_matmul_precision` was told; a compiled graph is traced anew when that changes."""
+    return torch.get_float32_matmul_precision()
+
+
+def row_lse(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    *,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> Tensor:
     """Log-sum-exp over the contrasts of each anchor, without the anchor itself.
 
     Args:
@@ -55,74 +101,129 @@ def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offse
         contrasts: (M, D) of the same dtype; None contrasts the anchors with themselves (M = A, self_offset = 0).
         scale: 0-dim tensor, one over the temperature.
         self_offset: anchor i is contrast i + self_offset; None if no anchor is among the contrasts.
-        backend: A key of `_ROW_LSE`.
+        unit: Whether no row is longer than one.
+        precision: "highest" for all digits of float32; "high" and "medium" allow products of 10 bits. As in
+            `torch.set_float32_matmul_precision`. On CPUs always "highest".
+        backend: "tiled" or "triton".
 
     Returns:
         (A,); -inf for an anchor that has no contrast.
     """
-    lse: Tensor = _row_lse(anchors, contrasts, scale, self_offset, backend)
+    if backend == "triton" and not unit:
+        anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
+    lse: Tensor = _row_lse(anchors, contrasts, scale, self_offset, unit, precision, backend)[0]
     return lse
+
+
+def _entries_up_to_one(
+    anchors: Tensor, contrasts: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same logits from rows that fp16 can hold: all divided by one power of two."""
+    given = [anchors] if contrasts is None else [anchors, contrasts]
+    largest = torch.stack([rows.detach().abs().amax() for rows in given]).amax()
+    factor = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+    rows = [x * factor for x in given]
+    return rows[0], None if contrasts is None else rows[1], scale.to(factor.device) / factor / factor
 
 
 def _lse_kernel(
-    anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, backend: str
-) -> Tensor:
-    lse: Tensor = _ROW_LSE[backend].row_lse(anchors, contrasts, scale, self_offset)
-    return lse
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and anchors and contrasts as the backward pass wants them; empty where as they were given."""
+    nothing = anchors.new_empty(0, dtype=torch.float16)
+    if backend == "tiled":
+        return tiled.row_lse(anchors, contrasts, scale, self_offset), nothing, nothing.clone()
+    lse, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision)
+    return lse, rows, nothing if cols is None else cols
 
 
 def _lse_fake(
-    anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, backend: str
-) -> Tensor:
-    return anchors.new_empty(anchors.shape[0])
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def kept(rows: Tensor | None) -> Tensor:
+        if backend == "tiled" or rows is None:
+            return anchors.new_empty(0, dtype=torch.float16)
+        return rows.new_empty(fused.split_shape(rows.shape[0], rows.shape[1], precision), dtype=torch.float16)
+
+    return anchors.new_empty(anchors.shape[0]), kept(anchors), kept(contrasts)
 
 
-def _lse_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    anchors, contrasts, scale, ctx.self_offset, ctx.backend = inputs
-    ctx.save_for_backward(anchors, contrasts, scale, output)
+def _lse_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    anchors, contrasts, scale, ctx.self_offset, ctx.unit, _, ctx.backend = inputs
+    lse, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    # Split rows take the place of the rows themselves, whose memory is then free before the backward pass.
+    rows = (anchors, contrasts) if ctx.backend == "tiled" else (kept[0], None if contrasts is None else kept[1])
+    ctx.save_for_backward(lse, *rows, scale, anchors if scale.requires_grad else None)
+    ctx.sizes = (anchors.shape[0] if contrasts is None else contrasts.shape[0], anchors.shape[1])
 
 
-def _lse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    anchors, contrasts, scale, lse = ctx.saved_tensors
+def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    lse, rows, cols, scale, anchors = ctx.saved_tensors
     _, contrasts_need_grad, scale_needs_grad, *_ = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * 7
     d_anchors, d_contrasts = _row_lse_grad(
-        grad, lse, anchors, contrasts, scale, ctx.self_offset, contrasts_need_grad, ctx.backend
+        grad, lse, rows, cols, scale, ctx.self_offset, ctx.unit, *ctx.sizes, contrasts_need_grad, ctx.backend
     )
     d_scale = None
     if scale_needs_grad:
         # lse depends on scale through scale * anchors only. In a self-contrast d_anchors holds both sides: count half.
-        d_scale = (anchors * d_anchors).sum() / (scale if contrasts is not None else 2 * scale)
+        d_scale = (anchors * d_anchors).sum() / (scale if cols is not None else 2 * scale)
         d_scale = d_scale.to(scale.dtype)
-    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, None, None
+    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, None, None, None, None
 
 
 def _grad_kernel(
     grad: Tensor,
     lse: Tensor,
-    anchors: Tensor,
-    contrasts: Tensor | None,
+    rows: Tensor,
+    cols: Tensor | None,
     scale: Tensor,
     self_offset: int | None,
+    unit: bool,
+    num_contrasts: int,
+    num_features: int,
     contrasts_need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    compute = _ROW_LSE[backend].row_lse_grad
-    d_anchors, d_contrasts = compute(grad, lse, anchors, contrasts, scale, self_offset, contrasts_need_grad)
-    return d_anchors, anchors.new_empty(0) if d_contrasts is None else d_contrasts
+    if backend == "tiled":
+        d_anchors, d_contrasts = tiled.row_lse_grad(grad, lse, rows, cols, scale, self_offset, contrasts_need_grad)
+    else:
+        d_anchors, d_contrasts = fused.row_lse_grad(
+            grad, lse, rows, cols, scale, self_offset, unit, num_contrasts, num_features, contrasts_need_grad
+        )
+    return d_anchors, grad.new_empty(0) if d_contrasts is None else d_contrasts
 
 
 def _grad_fake(
     grad: Tensor,
     lse: Tensor,
-    anchors: Tensor,
-    contrasts: Tensor | None,
+    rows: Tensor,
+    cols: Tensor | None,
     scale: Tensor,
     self_offset: int | None,
+    unit: bool,
+    num_contrasts: int,
+    num_features: int,
     contrasts_need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = contrasts.shape if contrasts is not None and contrasts_need_grad else (0,)
-    return anchors.new_empty(anchors.shape), anchors.new_empty(shape)
+    shape = (num_contrasts, num_features) if cols is not None and contrasts_need_grad else (0,)
+    return grad.new_empty(grad.shape[0], num_features), grad.new_empty(shape)
 
 
 def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -137,7 +238,8 @@ def _grad_backward(ctx: Any, *grads: Tensor) -> None:
 
 _row_lse = define_operator(
     "row_lse",
-    "(Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset, str backend) -> Tensor",
+    "(Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset, bool unit, str precision, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     kernel=_lse_kernel,
     fake=_lse_fake,
     setup_context=_lse_setup_context,
@@ -145,8 +247,8 @@ _row_lse = define_operator(
 )
 _row_lse_grad = define_operator(
     "row_lse_grad",
-    "(Tensor grad, Tensor lse, Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset,"
-    " bool contrasts_need_grad, str backend) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor lse, Tensor rows, Tensor? cols, Tensor scale, SymInt? self_offset, bool unit,"
+    " SymInt num_contrasts, SymInt num_features, bool contrasts_need_grad, str backend) -> (Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,
     setup_context=_grad_setup_context,

@@ -1,0 +1,237 @@
+"""Linear memory on NVIDIA GPUs: logits exist only in registers, one tile at a time. Triton kernels.
+
+The row log-sum-exp is one pass over all pairs. Its gradient is one more, of two products, because a row's gradient can
+take in what the row gets as an anchor and what it gets as a contrast at once:
+
+    dz_i = scale * sum_{j != i} (g_i e^{s_ij - lse_i} + g_j e^{s_ij - lse_j}) z_j.
+
+Each program owns its rows of the result: no atomics, and the same bits in every run. Nothing here waits for the device
+or depends on what it computed, so all of it can be captured in a CUDA graph.
+
+Tensor cores multiply fp16, which for entries of at most one is as good as tf32 and twice as fast. `precision` "highest"
+splits every number into two of them (see `kernels.py`), any other takes one.
+"""
+
+import importlib.util
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscl_loss._backends.plans import PAD, Plan, backward_plan, chip, forward_plan, width
+
+_MOST_SPLITS = 32  # of the columns, where rows alone would leave multiprocessors idle
+_BLOCK = 128  # rows of a program in the kernels that take rows one by one
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot run on a device; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if _is_interpreted():
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0, and this GPU has {major}.{minor}"
+
+
+def row_lse(
+    anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, unit: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-sum-exp of each row of logits without the self term; see `genscl_loss._backends.row_lse`.
+
+    Returns:
+        The log-sum-exp, and anchors and contrasts as `row_lse_grad` takes them.
+    """
+    with _on(anchors.device):
+        rows = _split_rows(anchors, precision)
+        cols = None if contrasts is None else _split_rows(contrasts, precision)
+        num_cols = anchors.shape[0] if contrasts is None else contrasts.shape[0]
+        lse = _launch_lse(rows, rows if cols is None else cols, anchors.shape[0], num_cols, scale, self_offset, unit)
+    return lse, rows, cols
+
+
+def row_lse_grad(
+    grad: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    num_contrasts: int,
+    num_features: int,
+    contrasts_need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts, from `rows` and `cols` of `row_lse`."""
+    n, m = grad.shape[0], num_contrasts
+    with _on(grad.device):
+        largest = torch.linalg.vector_norm(grad, torch.inf)
+        shared = (largest, scale, unit, num_features)
+        weights = _launch_weights(grad.contiguous(), lse, rows.shape[1], largest, scale, unit)
+        if cols is None:
+            return _launch_grad(rows, rows, n, n, weights, weights, self_offset, *shared), None
+        d_anchors = _launch_grad(rows, cols, n, m, weights, None, self_offset, *shared)
+        if not contrasts_need_grad:
+            return d_anchors, None
+        reverse = None if self_offset is None else -self_offset
+        return d_anchors, _launch_grad(cols, rows, m, n, None, weights, reverse, *shared)
+
+
+def split_shape(num_rows: int, num_features: int, precision: str) -> tuple[int, int, int]:
+    """Shape of rows as the kernels take them: fp16 terms of each number, padded rows, padded features."""
+    return 2 if precision == "highest" else 1, -(-num_rows // PAD) * PAD, width(num_features)
+
+
+# ---- Launches, one function for each ----
+
+
+def _split_rows(x: Tensor, precision: str) -> Tensor:
+    n, d = x.shape
+    terms, padded, features = split_shape(n, d, precision)
+    out = x.new_empty(terms, padded, features, dtype=torch.float16)
+    block = min(features, 64)
+    _kernels().split_rows[padded // 64, features // block](
+        x, out, n, d, *x.stride(), padded * features, 64, block, features, terms
+    )
+    return out
+
+
+def _launch_lse(
+    rows: Tensor, cols: Tensor, n: int, m: int, scale: Tensor, self_offset: int | None, unit: bool
+) -> Tensor:
+    terms, _, features = rows.shape
+    plan = forward_plan(_chip(rows.device), features, terms)
+    blocks = -(-n // plan.block_m)
+    splits, cols_per_split = _share(blocks, m, plan, rows.device)
+    lse = rows.new_empty(n, dtype=torch.float32)
+    out = lse if splits == 1 else lse.new_empty(splits, 2, n)
+    for variant in _variants(scale, unit):
+        _kernels().row_lse[blocks, splits](
+            rows, cols, out, _argument(scale), n, m, self_offset or 0, cols_per_split, rows.stride(0), cols.stride(0),
+            plan.block_m, plan.block_n, plan.block_edge, plan.block_k, features, terms,
+            HAS_SELF=self_offset is not None, PARTIAL=splits > 1, **variant, **_options(plan),
+        )  # fmt: skip
+    if splits > 1:
+        _kernels().merge_lse[-(-n // _BLOCK),](out, lse, n, splits, _BLOCK)
+    return lse
+
+
+def _launch_weights(grad: Tensor, lse: Tensor, padded: int, largest: Tensor, scale: Tensor, unit: bool) -> Tensor:
+    out = lse.new_empty(2, padded)
+    for variant in _variants(scale, unit):
+        _kernels().gradient_weights[padded // _BLOCK,](
+            grad, lse, largest, out, _argument(scale), len(lse), padded, _BLOCK, **variant
+        )
+    return out
+
+
+def _launch_grad(
+    rows: Tensor,
+    cols: Tensor,
+    n: int,
+    m: int,
+    row_weights: Tensor | None,
+    col_weights: Tensor | None,
+    self_offset: int | None,
+    largest: Tensor,
+    scale: Tensor,
+    unit: bool,
+    num_features: int,
+) -> Tensor:
+    terms, padded_rows, features = rows.shape
+    plan, block_out = backward_plan(_chip(rows.device), features, terms)
+    chunks = -(-num_features // block_out)
+    blocks = -(-n // plan.block_m)
+    splits, cols_per_split = _share(blocks * chunks, m, plan, rows.device)
+    out = largest.new_empty(splits, n, num_features)
+    some_weights = row_weights if col_weights is None else col_weights
+    for variant in _variants(scale, unit):
+        _kernels().row_lse_grad[blocks, splits, chunks](
+            rows, cols, some_weights if row_weights is None else row_weights, some_weights, out,
+            _argument(scale), largest, n, m, num_features, self_offset or 0, cols_per_split,
+            rows.stride(0), cols.stride(0), padded_rows, cols.shape[1],
+            plan.block_m, plan.block_n, plan.block_edge, plan.block_k, block_out, features, terms,
+            HAS_SELF=self_offset is not None, ROW_TERM=row_weights is not None, COL_TERM=col_weights is not None,
+            **variant, **_options(plan),
+        )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0)
+
+
+# ---- What a launch depends on ----
+
+
+def _kernels() -> ModuleType:
+    from genscl_loss._backends import kernels  # Triton is loaded when first used
+
+    return kernels
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which kernels are launched on this device, not on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _chip(device: torch.device) -> int:
+    return chip(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 90
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    # Fused multiply-adds are asked for by name, since some releases of Triton warn about leaving it to them.
+    return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+
+
+def _argument(scale: Tensor) -> Tensor | float:
+    """A temperature that the host knows goes to the kernel as a number."""
+    return float(scale) if _is_known(scale) else scale
+
+
+def _is_known(scale: Tensor) -> bool:
+    return scale.device.type == "cpu"
+
+
+def _variants(scale: Tensor, unit: bool) -> list[dict[str, bool]]:
+    """Kernels to launch: with one shift for all exponents, with a running maximum, or both and the device chooses."""
+    if not unit:
+        return [{"FIXED": False, "CHECK": False, "SCALE_ON_DEVICE": not _is_known(scale)}]
+    if _is_known(scale):
+        return [{"FIXED": _fits(float(scale)), "CHECK": False, "SCALE_ON_DEVICE": False}]
+    return [{"FIXED": fixed, "CHECK": True, "SCALE_ON_DEVICE": True} for fixed in (True, False)]
+
+
+def _fits(scale: float) -> bool:
+    """Whether one shift suits all rows of unit length: `kernels._fits` on the host."""
+    kernels = _kernels()
+    bound = scale * math.log2(math.e) * kernels.SLACK.value
+    return bool(-bound - max(bound - kernels.LARGEST.value, 0.0) >= kernels.SMALLEST.value)
+
+
+def _share(blocks: int, num_cols: int, plan: Plan, device: torch.device) -> tuple[int, int]:
+    """Into how many parts to split the columns, and the length of a part.
+
+    Programs run in waves of as many as the device holds. Parts make the last wave as full as the others, and cost a
+    little each: their first loads are not hidden behind anything.
+    """
+    slots = _multiprocessors(device) * plan.programs
+    tiles = -(-num_cols // plan.block_n)
+    cost = {}
+    for splits in range(1, min(_MOST_SPLITS, tiles) + 1):
+        tiles_each = -(-tiles // splits)
+        cost[splits] = -(-blocks * splits // slots) * (tiles_each + 2)
+    best = min(cost, key=lambda splits: (cost[splits], splits))
+    cols_per_split = -(-tiles // best) * plan.block_n
+    return -(-num_cols // cols_per_split), cols_per_split

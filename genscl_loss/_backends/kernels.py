@@ -1,0 +1,491 @@
+"""The kernels of `fused.py`, which says what they compute together. The only file that imports Triton.
+
+Logits are in base 2, s_ij = slope * (row_i . column_j), and exist one tile at a time, in registers. Rows and columns
+come from `split_rows`: fp16, contiguous, padded with zeros, in one or two planes (TERMS). Two planes hold x = high +
+low, and a product is high.high + high.low + low.high: what float32 gives, at three times the price of fp16.
+
+A program owns BLOCK_M rows and walks over columns, BLOCK_N at a time. No two programs add to the same number, so
+results do not vary from run to run. Tiles that hold self terms or padding are left out of the main loop, which is
+therefore free of masks; a second loop over narrower tiles, BLOCK_EDGE columns each, takes care of them.
+
+FIXED lowers all exponents by one constant, which suits rows of unit length unless the temperature is tiny. Otherwise
+each row keeps its running maximum. Where only the device knows the temperature both variants are launched (CHECK), and
+the one that does not apply returns at once.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Entries are at most one: times 2^6 they are far above the small end of fp16, where digits get lost, and a product
+# of two rows is still far below the large end of float32.
+STRETCH = tl.constexpr(64.0)
+
+# Base-2 exponents: the largest that a term may have, which leaves room for sums, and the smallest, which leaves 24
+# bits below the largest term of a row before numbers become subnormal and are taken for zero.
+LARGEST = tl.constexpr(60.0)
+SMALLEST = tl.constexpr(-102.0)
+
+SLACK = tl.constexpr(1.002)  # rows of unit length may be a little longer in fp16, and logits that much larger
+
+
+# ---- Numbers that all programs of a launch share ----
+
+
+@triton.jit
+def _number(X, ON_DEVICE: tl.constexpr):
+    """A 0-dim argument: a number of the host, or a tensor that the host has not read."""
+    if ON_DEVICE:
+        return tl.load(X)
+    else:
+        return X
+
+
+@triton.jit
+def _exponent(X):
+    """floor(log2 x) of the number x >= 0 at X, held where its negative is an exponent too."""
+    exponent = (tl.load(X).to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.minimum(tl.maximum(exponent, -100), 100)
+
+
+@triton.jit
+def _power_of_two(exponent):
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bound(scale):
+    """The largest base-2 logit of rows of unit length."""
+    return scale * (LOG2E * SLACK)
+
+
+@triton.jit
+def _shift(scale):
+    """The constant by which FIXED lowers exponents: zero while it can be, as subtracting a large one costs accuracy."""
+    return tl.maximum(_bound(scale) - LARGEST, 0.0)
+
+
+@triton.jit
+def _fits(scale):
+    """Whether FIXED applies."""
+    return -_bound(scale) - _shift(scale) >= SMALLEST
+
+
+# ---- Rows and columns as the tensor cores take them ----
+
+
+@triton.jit
+def split_rows(
+    X,
+    OUT,
+    num_rows,
+    num_features,
+    stride_row,
+    stride_feature,
+    plane,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Float32 rows of any strides to TERMS planes of fp16 rows, (padded rows, WIDTH), times STRETCH."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    features = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    offsets = rows.to(tl.int64)[:, None] * stride_row + features.to(tl.int64)[None, :] * stride_feature
+    inside = (rows < num_rows)[:, None] & (features < num_features)[None, :]
+    x = tl.load(X + offsets, mask=inside, other=0.0) * STRETCH
+    x += x - x  # infinity to NaN: a logit of minus infinity would pass for a contrast that is merely far away
+    high = x.to(tl.float16)
+    out = OUT + rows.to(tl.int64)[:, None] * WIDTH + features[None, :]
+    tl.store(out, high)
+    if TERMS == 2:
+        tl.store(out + plane, (x - high.to(tl.float32)).to(tl.float16))
+
+
+@triton.jit
+def _pointers(X, first, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr):
+    """To the first BLOCK_K features of BLOCK rows."""
+    start = X + first.to(tl.int64) * WIDTH
+    return start + tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def _load(pointers, plane, TERMS: tl.constexpr):
+    """High and low part; the high part twice if there is no low one."""
+    high = tl.load(pointers)
+    if TERMS == 2:
+        return high, tl.load(pointers + plane)
+    else:
+        return high, high
+
+
+@triton.jit
+def _add_product(total, a, a_low, b, b_low, TERMS: tl.constexpr):
+    """Total + a @ b, small terms first."""
+    if TERMS == 2:
+        total = tl.dot(a_low, b, total)
+        total = tl.dot(a, b_low, total)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _logits(
+    rows,
+    rows_low,
+    row_pointers,
+    col_pointers,
+    row_plane,
+    col_plane,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """A tile of products, still to be multiplied by the slope, and the columns that it was made with.
+
+    Features beyond BLOCK_K are too many to be held: rows and columns are then read piece by piece.
+    """
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    cols, cols_low = _load(col_pointers, col_plane, TERMS)
+    if WIDTH == BLOCK_K:
+        tile = _add_product(tile, rows, rows_low, tl.trans(cols), tl.trans(cols_low), TERMS)
+    else:
+        for feature in range(0, WIDTH, BLOCK_K):
+            rows, rows_low = _load(row_pointers + feature, row_plane, TERMS)
+            cols, cols_low = _load(col_pointers + feature, col_plane, TERMS)
+            tile = _add_product(tile, rows, rows_low, tl.trans(cols), tl.trans(cols_low), TERMS)
+    return tile, cols, cols_low
+
+
+# ---- The walk over the columns ----
+
+
+@triton.jit
+def _split(num_cols, cols_per_split):
+    """Columns of this program: a share of them if there are too few rows to keep the device busy."""
+    start = tl.program_id(1) * cols_per_split
+    return start, tl.minimum(cols_per_split, num_cols - start)
+
+
+@triton.jit
+def _edges(own, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SELF: tl.constexpr):
+    """Number of tiles without padding, and which of them hold self terms: the first, and how many.
+
+    The walk is over `count` columns, and the self term of the first row is in column `own`.
+    """
+    full = count // BLOCK_N
+    if HAS_SELF:
+        first = tl.minimum(tl.maximum(own, 0) // BLOCK_N, full)
+        stop = tl.minimum(tl.cdiv(tl.maximum(own + BLOCK_M, 0), BLOCK_N), full)
+        return full, first, stop - first
+    else:
+        return full, full, 0
+
+
+@triton.jit
+def _plain_tile(t, first_own, num_own, BLOCK_N: tl.constexpr):
+    """First column of the t-th tile without masks."""
+    return tl.where(t < first_own, t, t + num_own) * BLOCK_N
+
+
+@triton.jit
+def _edge_tile(t, full, first_own, num_own, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """First column of the t-th narrow tile: those with self terms first, those with padding behind them."""
+    with_self = num_own * (BLOCK_N // BLOCK_EDGE)
+    return tl.where(t < with_self, first_own * BLOCK_N + t * BLOCK_EDGE, full * BLOCK_N + (t - with_self) * BLOCK_EDGE)
+
+
+@triton.jit
+def _num_edge_tiles(count, full, num_own, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    return num_own * (BLOCK_N // BLOCK_EDGE) + tl.cdiv(count - full * BLOCK_N, BLOCK_EDGE)
+
+
+@triton.jit
+def _is_contrast(col, own, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SELF: tl.constexpr):
+    """Which entries of the tile from column `col` on are neither self terms nor padding."""
+    index = col + tl.arange(0, BLOCK_N)[None, :]
+    inside = index < count
+    if HAS_SELF:
+        inside = inside & (index != own + tl.arange(0, BLOCK_M)[:, None])
+    return inside
+
+
+# ---- Log-sum-exp ----
+
+
+@triton.jit
+def _add_exp(largest, total, tile, slope, inside, FIXED: tl.constexpr, MASK: tl.constexpr):
+    """Add the exponentials of a tile to `total`, the sum of each row over 2^largest."""
+    if FIXED:
+        terms = tl.exp2(tile * slope - largest[:, None])
+        if MASK:
+            terms = tl.where(inside, terms, 0.0)
+        return largest, total + tl.sum(terms, 1)
+    else:
+        tile *= slope
+        if MASK:
+            tile = tl.where(inside, tile, -float("inf"))
+        new = tl.maximum(largest, tl.max(tile, 1))
+        safe = tl.where(new == -float("inf"), 0.0, new)  # nothing yet to shift by
+        return new, total * tl.exp2(largest - safe) + tl.sum(tl.exp2(tile - safe[:, None]), 1)
+
+
+@triton.jit
+def row_lse(
+    ROWS,
+    COLS,
+    OUT,
+    SCALE,
+    num_rows,
+    num_cols,
+    self_offset,
+    cols_per_split,
+    row_plane,
+    col_plane,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    FIXED: tl.constexpr,
+    CHECK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """Log-sum-exp of each row; if PARTIAL, for `merge_lse`, what each split has for `largest` and `total`."""
+    scale = _number(SCALE, SCALE_ON_DEVICE)
+    if CHECK:
+        if _fits(scale) != FIXED:
+            return
+    slope = scale * (LOG2E / (STRETCH * STRETCH))
+    first_row = tl.program_id(0) * BLOCK_M
+    start, count = _split(num_cols, cols_per_split)
+    own = first_row + self_offset - start
+    row_pointers = _pointers(ROWS, first_row, BLOCK_M, BLOCK_K, WIDTH)
+    rows, rows_low = _load(row_pointers, row_plane, TERMS)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    largest = total + (_shift(scale) if FIXED else -float("inf"))
+    full, first_own, num_own = _edges(own, count, BLOCK_M, BLOCK_N, HAS_SELF)
+
+    pointers = _pointers(COLS, start, BLOCK_N, BLOCK_K, WIDTH)
+    for t in range(0, full - num_own):
+        col = _plain_tile(t, first_own, num_own, BLOCK_N)
+        tile, _, _ = _logits(
+            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
+            BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS,
+        )  # fmt: skip
+        largest, total = _add_exp(largest, total, tile, slope, None, FIXED, False)
+
+    pointers = _pointers(COLS, start, BLOCK_EDGE, BLOCK_K, WIDTH)
+    for t in range(0, _num_edge_tiles(count, full, num_own, BLOCK_N, BLOCK_EDGE)):
+        col = _edge_tile(t, full, first_own, num_own, BLOCK_N, BLOCK_EDGE)
+        tile, _, _ = _logits(
+            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
+            BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS,
+        )  # fmt: skip
+        inside = _is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF)
+        largest, total = _add_exp(largest, total, tile, slope, inside, FIXED, True)
+
+    index = first_row + tl.arange(0, BLOCK_M)
+    if PARTIAL:
+        out = OUT + tl.program_id(1).to(tl.int64) * 2 * num_rows + index
+        tl.store(out, largest, mask=index < num_rows)
+        tl.store(out + num_rows, total, mask=index < num_rows)
+    else:
+        tl.store(OUT + index, (largest + tl.log2(total)) * LN2, mask=index < num_rows)
+
+
+@triton.jit
+def merge_lse(PARTS, OUT, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Log-sum-exp of each row from what the splits of its columns found."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
+    largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for split in range(SPLITS):
+        part = tl.load(PARTS + split * 2 * num_rows + rows, mask=inside, other=0.0)
+        largest = tl.maximum(largest, part, propagate_nan=tl.PropagateNan.ALL)
+    safe = tl.where(largest == -float("inf"), 0.0, largest)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLITS):
+        part = PARTS + split * 2 * num_rows + rows
+        lowered = tl.load(part, mask=inside, other=0.0) - safe
+        total += tl.load(part + num_rows, mask=inside, other=0.0) * tl.exp2(lowered)
+    tl.store(OUT + rows, (safe + tl.log2(total)) * LN2, mask=inside)
+
+
+# ---- Gradient ----
+
+
+@triton.jit
+def gradient_weights(
+    GRAD,
+    LSE,
+    LARGEST_GRAD,
+    OUT,
+    SCALE,
+    num_rows,
+    padded,
+    BLOCK: tl.constexpr,
+    FIXED: tl.constexpr,
+    CHECK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
+):
+    """Upstream gradient of each row over the sum of its exponentials, and the base-2 logarithm of that sum.
+
+    g_i 2^{s_ij - lse_i} = weight_i 2^{s_ij - shift} where FIXED, and weight_i 2^{s_ij - lse_i} elsewhere. All weights
+    are multiplied by a power of two that keeps their products with softmax in the middle of fp16.
+    """
+    scale = _number(SCALE, SCALE_ON_DEVICE)
+    if CHECK:
+        if _fits(scale) != FIXED:
+            return
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
+    weight = tl.load(GRAD + rows, mask=inside, other=0.0) * _power_of_two(12 - _exponent(LARGEST_GRAD))
+    lse = tl.load(LSE + rows, mask=inside, other=float("inf")) * LOG2E
+    if FIXED:
+        weight *= tl.exp2(_shift(scale) - lse)
+    tl.store(OUT + rows, weight)
+    tl.store(OUT + padded + rows, lse)
+
+
+@triton.jit
+def _softmax_weights(
+    tile, slope, shift, row_weight, row_lse, COL_WEIGHTS, padded, col,
+    BLOCK_N: tl.constexpr, ROW_TERM: tl.constexpr, COL_TERM: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """What each column of the tile counts in the gradient of each row, from the rows' softmax and the columns' own."""
+    index = col + tl.arange(0, BLOCK_N)
+    if COL_TERM:
+        col_weight = tl.load(COL_WEIGHTS + index)[None, :]
+    if FIXED:
+        terms = tl.exp2(tile * slope - shift)
+        if ROW_TERM and COL_TERM:
+            return terms * (row_weight + col_weight)
+        elif ROW_TERM:
+            return terms * row_weight
+        else:
+            return terms * col_weight
+    else:
+        tile *= slope
+        if ROW_TERM and COL_TERM:
+            col_lse = tl.load(COL_WEIGHTS + padded + index)[None, :]
+            return row_weight * tl.exp2(tile - row_lse) + col_weight * tl.exp2(tile - col_lse)
+        elif ROW_TERM:
+            return row_weight * tl.exp2(tile - row_lse)
+        else:
+            return col_weight * tl.exp2(tile - tl.load(COL_WEIGHTS + padded + index)[None, :])
+
+
+@triton.jit
+def _add_weighted(total, weights, cols, cols_low, TERMS: tl.constexpr):
+    """Total + weights @ columns, with the weights split as the columns are."""
+    high = weights.to(tl.float16)
+    if TERMS == 2:
+        low = (weights - high.to(tl.float32)).to(tl.float16)
+    else:
+        low = high
+    return _add_product(total, high, low, cols, cols_low, TERMS)
+
+
+@triton.jit
+def row_lse_grad(
+    ROWS,
+    COLS,
+    ROW_WEIGHTS,
+    COL_WEIGHTS,
+    OUT,
+    SCALE,
+    LARGEST_GRAD,
+    num_rows,
+    num_cols,
+    num_features,
+    self_offset,
+    cols_per_split,
+    row_plane,
+    col_plane,
+    padded_rows,
+    padded_cols,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    ROW_TERM: tl.constexpr,
+    COL_TERM: tl.constexpr,
+    FIXED: tl.constexpr,
+    CHECK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
+):
+    """Gradient with respect to the rows, BLOCK_OUT features of it: scale * sum_j (softmax weights)_ij column_j.
+
+    ROW_TERM counts the log-sum-exps of the rows, COL_TERM those of the columns: both in a self-contrast.
+    """
+    scale = _number(SCALE, SCALE_ON_DEVICE)
+    if CHECK:
+        if _fits(scale) != FIXED:
+            return
+    slope = scale * (LOG2E / (STRETCH * STRETCH))
+    shift = _shift(scale)
+    first_row = tl.program_id(0) * BLOCK_M
+    first_feature = tl.program_id(2) * BLOCK_OUT
+    start, count = _split(num_cols, cols_per_split)
+    own = first_row + self_offset - start
+    row_pointers = _pointers(ROWS, first_row, BLOCK_M, BLOCK_K, WIDTH)
+    rows, rows_low = _load(row_pointers, row_plane, TERMS)
+    index = first_row + tl.arange(0, BLOCK_M)
+    if ROW_TERM:
+        row_weight = tl.load(ROW_WEIGHTS + index)[:, None]
+        row_lse = tl.load(ROW_WEIGHTS + padded_rows + index)[:, None]
+    else:
+        row_weight = None
+        row_lse = None
+    COL_WEIGHTS += start
+    total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
+    full, first_own, num_own = _edges(own, count, BLOCK_M, BLOCK_N, HAS_SELF)
+
+    pointers = _pointers(COLS, start, BLOCK_N, BLOCK_K, WIDTH)
+    out_pointers = _pointers(COLS + first_feature, start, BLOCK_N, BLOCK_OUT, WIDTH)
+    for t in range(0, full - num_own):
+        col = _plain_tile(t, first_own, num_own, BLOCK_N)
+        tile, cols, cols_low = _logits(
+            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
+            BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS,
+        )  # fmt: skip
+        weights = _softmax_weights(
+            tile, slope, shift, row_weight, row_lse, COL_WEIGHTS, padded_cols, col,
+            BLOCK_N, ROW_TERM, COL_TERM, FIXED,
+        )  # fmt: skip
+        if WIDTH != BLOCK_K:
+            cols, cols_low = _load(out_pointers + col.to(tl.int64) * WIDTH, col_plane, TERMS)
+        total = _add_weighted(total, weights, cols, cols_low, TERMS)
+
+    pointers = _pointers(COLS, start, BLOCK_EDGE, BLOCK_K, WIDTH)
+    out_pointers = _pointers(COLS + first_feature, start, BLOCK_EDGE, BLOCK_OUT, WIDTH)
+    for t in range(0, _num_edge_tiles(count, full, num_own, BLOCK_N, BLOCK_EDGE)):
+        col = _edge_tile(t, full, first_own, num_own, BLOCK_N, BLOCK_EDGE)
+        tile, cols, cols_low = _logits(
+            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
+            BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS,
+        )  # fmt: skip
+        weights = _softmax_weights(
+            tile, slope, shift, row_weight, row_lse, COL_WEIGHTS, padded_cols, col,
+            BLOCK_EDGE, ROW_TERM, COL_TERM, FIXED,
+        )  # fmt: skip
+        weights = tl.where(_is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF), weights, 0.0)
+        if WIDTH != BLOCK_K:
+            cols, cols_low = _load(out_pointers + col.to(tl.int64) * WIDTH, col_plane, TERMS)
+        total = _add_weighted(total, weights, cols, cols_low, TERMS)
+
+    total *= scale / STRETCH * _power_of_two(_exponent(LARGEST_GRAD) - 12)
+    features = first_feature + tl.arange(0, BLOCK_OUT)
+    out = OUT + (tl.program_id(1).to(tl.int64) * num_rows + index)[:, None] * num_features + features[None, :]
+    tl.store(out, total, mask=(index < num_rows)[:, None] & (features < num_features)[None, :])

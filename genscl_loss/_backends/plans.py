@@ -1,0 +1,98 @@
+"""Tile shapes of the kernels, for each GPU generation, width of the rows and number of fp16 terms.
+
+A fixed table: nothing is tried out while a program runs, so a batch size never costs seconds when it is first seen, and
+the same inputs give the same bits everywhere on one generation. Each line compiles without spilling a register; the
+tests compile all of them.
+"""
+
+from typing import NamedTuple
+
+PAD = 256  # rows are padded to a multiple of this, the largest block of rows or columns in the table
+MAX_FEATURES = 1024
+
+
+class Plan(NamedTuple):
+    """How one program works; see `kernels.py` for the names."""
+
+    block_m: int
+    block_n: int
+    block_edge: int
+    block_k: int  # features held at a time; below the width, rows and columns are read piece by piece
+    num_warps: int
+    num_stages: int
+    programs: int  # that fit on one multiprocessor at a time
+
+
+def width(num_features: int) -> int:
+    """Features of a padded row: what the table has lines for."""
+    for size in (16, 32, 64, 128, 256, 512, 768):
+        if num_features <= size:
+            return size
+    return MAX_FEATURES
+
+
+def _plans(text: str) -> dict[tuple[int, int], Plan]:
+    """Read lines of "width terms  m n edge k  warps stages programs"."""
+    lines = (tuple(map(int, line.split())) for line in text.strip().splitlines())
+    return {(width, terms): Plan(*rest) for width, terms, *rest in lines}
+
+
+# One table for each size of shared memory and kind of tensor core, named after the first chip that has it.
+_FORWARD = {
+    90: _plans("""
+         16 1  128 128 64  16 8 3 2
+         32 1  128 128 64  32 8 3 2
+         64 1  128 128 64  64 8 3 2
+        128 1  128 128 64 128 8 2 2
+        256 1  128 128 64 256 8 2 1
+        512 1  128 256 64  64 8 3 1
+        768 1  128 256 64  64 8 3 1
+       1024 1  128 256 64  64 8 3 1
+         16 2  128  64 32  16 8 2 2
+         32 2  128  64 32  32 8 2 2
+         64 2  128  64 32  64 8 2 2
+        128 2  128  64 32 128 8 2 1
+        256 2  128  64 32  64 8 3 1
+        512 2  128  64 32  64 8 3 1
+        768 2  128  64 32  64 8 3 1
+       1024 2  128  64 32  64 8 3 1
+    """),
+}
+_BACKWARD = {
+    90: _plans("""
+         16 1  128  64 32  16 4 3 2
+         32 1  128  64 32  32 4 3 2
+         64 1  128  64 32  64 4 3 2
+        128 1   64 128 32 128 4 2 2
+        256 1  128  64 32 256 8 2 1
+        512 1   64  64 32 512 8 2 1
+        768 1   64  64 32  64 8 3 1
+       1024 1   64  64 32  64 8 3 1
+         16 2  128  64 32  16 8 2 1
+         32 2  128  64 32  32 8 2 1
+         64 2  128  64 32  64 8 2 1
+        128 2  128  64 32 128 8 2 1
+        256 2   64  64 32  64 8 3 1
+        512 2   64  64 32  64 8 3 1
+        768 2   64  64 32  64 8 3 1
+       1024 2   64  64 32  64 8 3 1
+    """),
+}
+_BLOCK_OUT = 256  # features of the gradient that one program makes when rows are read piece by piece
+
+
+def forward_plan(chip: int, width: int, terms: int) -> Plan:
+    """Plan of `kernels.row_lse`."""
+    return _FORWARD[chip][width, terms]
+
+
+def backward_plan(chip: int, width: int, terms: int) -> tuple[Plan, int]:
+    """Plan of `kernels.row_lse_grad`, and how many features of the gradient a program makes."""
+    plan = _BACKWARD[chip][width, terms]
+    return plan, width if plan.block_k == width else _BLOCK_OUT
+
+
+def chip(capability: tuple[int, int]) -> int:
+    """The table for a compute capability: chips with little shared memory, and unknown ones, share the smallest."""
+    exact = {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}
+    return exact.get(capability, 89)
