@@ -16,15 +16,22 @@ STYLES: dict[str, dict[str, Any]] = {
     "tiled": {"color": "#4c9be8", "linewidth": 4},
     "dense": {"color": "#9cc7f2", "linewidth": 4},
     "triton": {"color": "#2a6fb0", "linewidth": 4},
+    "triton_high": {"color": "#16a085", "linewidth": 4},
     "auto": {"color": "#0b2e59", "linewidth": 1.6, "marker": "o", "markersize": 4, "zorder": 5},
     "plain": {"color": "#c0392b", "linewidth": 2, "marker": "s", "markersize": 4},
     "compiled": {"color": "#e67e22", "linewidth": 2, "marker": "^", "markersize": 5},
+    "compiled_tf32": {"color": "#f5b041", "linewidth": 2, "marker": "v", "markersize": 5},
     "lean": {"color": "#8e44ad", "linewidth": 2, "marker": "v", "markersize": 5},
     "pml": {"color": "#b7950b", "linewidth": 2, "marker": "D", "markersize": 4},
+    "infcl": {"color": "#e84393", "linewidth": 2, "marker": "P", "markersize": 5},
     "lse": {"color": "#555555", "linewidth": 1.2, "linestyle": "--"},
+    "lse_triton": {"color": "#2a6fb0", "linewidth": 1.2, "linestyle": "--"},
+    "lse_triton_high": {"color": "#16a085", "linewidth": 1.2, "linestyle": "--"},
+    "sdpa": {"color": "#555555", "linewidth": 1.2, "linestyle": "-.", "marker": "x"},
+    "sdpa_cudnn": {"color": "#999999", "linewidth": 1.2, "linestyle": "-.", "marker": "x"},
     "mm": {"color": "#555555", "linewidth": 1.2, "linestyle": ":"},
 }
-SETTING = ("d", "c", "labels", "dtype")
+SETTING = ("d", "c", "labels", "dtype", "temperature")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -52,7 +59,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def group(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     groups = defaultdict(list)
     for row in results:
-        groups[tuple(row[key] for key in SETTING)].append(row)
+        groups[tuple(row.get(key) for key in SETTING)].append(row)  # older reports have one temperature
     return dict(groups)
 
 
