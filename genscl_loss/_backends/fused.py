@@ -25,6 +25,7 @@ from torch import Tensor
 from genscl_loss._backends.plans import PAD, Plan, backward_plan, chip, forward_plan, width
 
 _MOST_SPLITS = 32  # of the columns, where rows alone would leave multiprocessors idle
+_MOST_PARTS = 2**23  # numbers that the splits of a gradient may hold until they are added up
 _BLOCK = 128  # rows of a program in the kernels that take rows one by one
 
 
@@ -108,7 +109,7 @@ def _launch_lse(
     terms, _, features = rows.shape
     plan = forward_plan(_chip(rows.device), features, terms)
     blocks = -(-n // plan.block_m)
-    splits, cols_per_split = _share(blocks, m, plan, rows.device)
+    splits, cols_per_split = _share(blocks, m, plan, _MOST_SPLITS, rows.device)
     lse = rows.new_empty(n, dtype=torch.float32)
     out = lse if splits == 1 else lse.new_empty(splits, 2, n)
     for variant in _variants(scale, unit):
@@ -148,7 +149,8 @@ def _launch_grad(
     plan, block_out = backward_plan(_chip(rows.device), features, terms)
     chunks = -(-num_features // block_out)
     blocks = -(-n // plan.block_m)
-    splits, cols_per_split = _share(blocks * chunks, m, plan, rows.device)
+    most = min(_MOST_SPLITS, max(1, _MOST_PARTS // (n * num_features)))
+    splits, cols_per_split = _share(blocks * chunks, m, plan, most, rows.device)
     out = largest.new_empty(splits, n, num_features)
     some_weights = row_weights if col_weights is None else col_weights
     for variant in _variants(scale, unit):
@@ -220,8 +222,8 @@ def _fits(scale: float) -> bool:
     return bool(-bound - max(bound - kernels.LARGEST.value, 0.0) >= kernels.SMALLEST.value)
 
 
-def _share(blocks: int, num_cols: int, plan: Plan, device: torch.device) -> tuple[int, int]:
-    """Into how many parts to split the columns, and the length of a part.
+def _share(blocks: int, num_cols: int, plan: Plan, most: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts, at most so many, to split the columns, and the length of a part.
 
     Programs run in waves of as many as the device holds. Parts make the last wave as full as the others, and cost a
     little each: their first loads are not hidden behind anything.
@@ -229,7 +231,7 @@ def _share(blocks: int, num_cols: int, plan: Plan, device: torch.device) -> tupl
     slots = _multiprocessors(device) * plan.programs
     tiles = -(-num_cols // plan.block_n)
     cost = {}
-    for splits in range(1, min(_MOST_SPLITS, tiles) + 1):
+    for splits in range(1, min(most, tiles) + 1):
         tiles_each = -(-tiles // splits)
         cost[splits] = -(-blocks * splits // slots) * (tiles_each + 2)
     best = min(cost, key=lambda splits: (cost[splits], splits))

@@ -76,7 +76,7 @@ def _fits(scale):
 # ---- Rows and columns as the tensor cores take them ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def split_rows(
     X,
     OUT,
@@ -146,18 +146,19 @@ def _logits(
 ):
     """A tile of products, still to be multiplied by the slope, and the columns that it was made with.
 
-    Features beyond BLOCK_K are too many to be held: rows and columns are then read piece by piece.
+    Rows of more than BLOCK_K features cannot be held: they, and the columns, are then read piece by piece.
     """
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    cols, cols_low = _load(col_pointers, col_plane, TERMS)
     if WIDTH == BLOCK_K:
+        cols, cols_low = _load(col_pointers, col_plane, TERMS)
         tile = _add_product(tile, rows, rows_low, tl.trans(cols), tl.trans(cols_low), TERMS)
+        return tile, cols, cols_low
     else:
         for feature in range(0, WIDTH, BLOCK_K):
-            rows, rows_low = _load(row_pointers + feature, row_plane, TERMS)
-            cols, cols_low = _load(col_pointers + feature, col_plane, TERMS)
-            tile = _add_product(tile, rows, rows_low, tl.trans(cols), tl.trans(cols_low), TERMS)
-    return tile, cols, cols_low
+            part, part_low = _load(row_pointers + feature, row_plane, TERMS)
+            other, other_low = _load(col_pointers + feature, col_plane, TERMS)
+            tile = _add_product(tile, part, part_low, tl.trans(other), tl.trans(other_low), TERMS)
+        return tile, None, None
 
 
 # ---- The walk over the columns ----
@@ -233,7 +234,7 @@ def _add_exp(largest, total, tile, slope, inside, FIXED: tl.constexpr, MASK: tl.
         return new, total * tl.exp2(largest - safe) + tl.sum(tl.exp2(tile - safe[:, None]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "self_offset"])
 def row_lse(
     ROWS,
     COLS,
@@ -300,7 +301,7 @@ def row_lse(
         tl.store(OUT + index, (largest + tl.log2(total)) * LN2, mask=index < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def merge_lse(PARTS, OUT, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Log-sum-exp of each row from what the splits of its columns found."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -308,7 +309,7 @@ def merge_lse(PARTS, OUT, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
     for split in range(SPLITS):
         part = tl.load(PARTS + split * 2 * num_rows + rows, mask=inside, other=0.0)
-        largest = tl.maximum(largest, part, propagate_nan=tl.PropagateNan.ALL)
+        largest = tl.maximum(largest, part)
     safe = tl.where(largest == -float("inf"), 0.0, largest)
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(SPLITS):
@@ -321,7 +322,7 @@ def merge_lse(PARTS, OUT, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 # ---- Gradient ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gradient_weights(
     GRAD,
     LSE,
@@ -393,7 +394,7 @@ def _add_weighted(total, weights, cols, cols_low, TERMS: tl.constexpr):
     return _add_product(total, high, low, cols, cols_low, TERMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "self_offset"])
 def row_lse_grad(
     ROWS,
     COLS,
