@@ -136,6 +136,7 @@ def _logits(
     rows_low,
     row_pointers,
     col_pointers,
+    out_pointers,
     row_plane,
     col_plane,
     BLOCK_M: tl.constexpr,
@@ -144,21 +145,22 @@ def _logits(
     WIDTH: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """A tile of products, still to be multiplied by the slope, and the columns that it was made with.
+    """A tile of products, still to be multiplied by the slope, and its columns as the gradient wants them.
 
-    Rows of more than BLOCK_K features cannot be held: they, and the columns, are then read piece by piece.
+    Rows of more than BLOCK_K features cannot be held: they, and the columns, are then read piece by piece, and what the
+    gradient wants, a range of features of the columns, is at `out_pointers`.
     """
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if WIDTH == BLOCK_K:
         cols, cols_low = _load(col_pointers, col_plane, TERMS)
         tile = _add_product(tile, rows, rows_low, tl.trans(cols), tl.trans(cols_low), TERMS)
-        return tile, cols, cols_low
     else:
         for feature in range(0, WIDTH, BLOCK_K):
             part, part_low = _load(row_pointers + feature, row_plane, TERMS)
             other, other_low = _load(col_pointers + feature, col_plane, TERMS)
             tile = _add_product(tile, part, part_low, tl.trans(other), tl.trans(other_low), TERMS)
-        return tile, None, None
+        cols, cols_low = _load(out_pointers, col_plane, TERMS)
+    return tile, cols, cols_low
 
 
 # ---- The walk over the columns ----
@@ -276,19 +278,19 @@ def row_lse(
     pointers = _pointers(COLS, start, BLOCK_N, BLOCK_K, WIDTH)
     for t in range(0, full - num_own):
         col = _plain_tile(t, first_own, num_own, BLOCK_N)
+        here = pointers + col.to(tl.int64) * WIDTH
         tile, _, _ = _logits(
-            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
-            BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS,
-        )  # fmt: skip
+            rows, rows_low, row_pointers, here, here, row_plane, col_plane, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS
+        )
         largest, total = _add_exp(largest, total, tile, slope, None, FIXED, False)
 
     pointers = _pointers(COLS, start, BLOCK_EDGE, BLOCK_K, WIDTH)
     for t in range(0, _num_edge_tiles(count, full, num_own, BLOCK_N, BLOCK_EDGE)):
         col = _edge_tile(t, full, first_own, num_own, BLOCK_N, BLOCK_EDGE)
+        here = pointers + col.to(tl.int64) * WIDTH
         tile, _, _ = _logits(
-            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
-            BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS,
-        )  # fmt: skip
+            rows, rows_low, row_pointers, here, here, row_plane, col_plane, BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS
+        )
         inside = _is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF)
         largest, total = _add_exp(largest, total, tile, slope, inside, FIXED, True)
 
@@ -457,24 +459,24 @@ def row_lse_grad(
     out_pointers = _pointers(COLS + first_feature, start, BLOCK_N, BLOCK_OUT, WIDTH)
     for t in range(0, full - num_own):
         col = _plain_tile(t, first_own, num_own, BLOCK_N)
+        offset = col.to(tl.int64) * WIDTH
         tile, cols, cols_low = _logits(
-            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
+            rows, rows_low, row_pointers, pointers + offset, out_pointers + offset, row_plane, col_plane,
             BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS,
         )  # fmt: skip
         weights = _softmax_weights(
             tile, slope, shift, row_weight, row_lse, COL_WEIGHTS, padded_cols, col,
             BLOCK_N, ROW_TERM, COL_TERM, FIXED,
         )  # fmt: skip
-        if WIDTH != BLOCK_K:
-            cols, cols_low = _load(out_pointers + col.to(tl.int64) * WIDTH, col_plane, TERMS)
         total = _add_weighted(total, weights, cols, cols_low, TERMS)
 
     pointers = _pointers(COLS, start, BLOCK_EDGE, BLOCK_K, WIDTH)
     out_pointers = _pointers(COLS + first_feature, start, BLOCK_EDGE, BLOCK_OUT, WIDTH)
     for t in range(0, _num_edge_tiles(count, full, num_own, BLOCK_N, BLOCK_EDGE)):
         col = _edge_tile(t, full, first_own, num_own, BLOCK_N, BLOCK_EDGE)
+        offset = col.to(tl.int64) * WIDTH
         tile, cols, cols_low = _logits(
-            rows, rows_low, row_pointers, pointers + col.to(tl.int64) * WIDTH, row_plane, col_plane,
+            rows, rows_low, row_pointers, pointers + offset, out_pointers + offset, row_plane, col_plane,
             BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS,
         )  # fmt: skip
         weights = _softmax_weights(
@@ -482,8 +484,6 @@ def row_lse_grad(
             BLOCK_EDGE, ROW_TERM, COL_TERM, FIXED,
         )  # fmt: skip
         weights = tl.where(_is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF), weights, 0.0)
-        if WIDTH != BLOCK_K:
-            cols, cols_low = _load(out_pointers + col.to(tl.int64) * WIDTH, col_plane, TERMS)
         total = _add_weighted(total, weights, cols, cols_low, TERMS)
 
     total *= scale / STRETCH * _power_of_two(_exponent(LARGEST_GRAD) - 12)
