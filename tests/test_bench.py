@@ -643,6 +643,8 @@ def test_the_figures_of_a_gpu_by_hand(bench):
     # 2 * 65536^2 * 128 flops in 15 * 65.536 / 4 ms at 5e14 a second
     fraction = values['N=65536, D=128: row_lse "high" forward, useful flops']
     assert fraction == pytest.approx(2 * 65536**2 * 128 / (15 * 65.536 / 4 / 1e3) / 5e14)
+    both = values['N=65536, D=128: row_lse "high" both, useful flops']
+    assert both == pytest.approx(6 * 65536**2 * 128 / (15 * 65.536 / 1e3) / 5e14)
     thrice = values['N=65536, D=512: row_lse "highest" backward, 3 times that, as performed']
     assert thrice == pytest.approx(3 * 4 * 65536**2 * 512 / (10 * 65.536 * 3 / 4 / 1e3) / 5e14)
     assert values['N=65536: row_lse "high" over the faster attention(z, z, z), bfloat16, one head'] == 15 / 4
