@@ -12,10 +12,12 @@ Tensor cores multiply fp16, which for entries of at most one is as good as tf32 
 splits every number into two of them (see `kernels.py`), any other takes one.
 """
 
+import importlib.metadata
 import importlib.util
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +35,8 @@ def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on a device; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if _is_too_old():
+        return "it needs Triton 3.3 or newer"
     if _is_interpreted():
         return None
     if device.type != "cuda" or torch.version.hip is not None:
@@ -172,6 +176,15 @@ def _kernels() -> ModuleType:
     from genscl_loss._backends import kernels  # Triton is loaded when first used
 
     return kernels
+
+
+@cache
+def _is_too_old() -> bool:
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+        return (int(major), int(minor)) < (3, 3)
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # built by other means: let it try
+        return False
 
 
 def _is_interpreted() -> bool:
