@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genscl_loss._attract import attract, similarity_matrix
-from genscl_loss._backends import available_backends, choose, dense, float32_precision, row_lse
+from genscl_loss._backends import BACKENDS, available_backends, choose, dense, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_choice, check_number, check_values, validate
 
@@ -114,6 +114,7 @@ def gen_supcon_loss(
     """
     check_choice("reduction", reduction, _REDUCTIONS)
     check_choice("empty_anchors", empty_anchors, _EMPTY_ANCHORS)
+    check_choice("backend", backend, BACKENDS)
     batch = make_batch(
         features,
         labels,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from genscl_loss._checks import check_number
+from genscl_loss._backends import BACKENDS
+from genscl_loss._checks import check_choice, check_number
 from genscl_loss.functional import gen_supcon_loss
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 1.0  # of a learnable temperature: logit scales from 1 to 100, as CLIP has
@@ -67,12 +68,14 @@ class GenSupConLoss(nn.Module):
         self.empty_anchors = empty_anchors
         self.normalize = normalize
         self.reduction = reduction
-        self.backend = backend
+        self.backend = "auto"
         self.log_temperature: nn.Parameter | None = None
         self._temperature = _fixed(temperature)
         # Any wrong option shows now, not in the first step of training: the function is the judge. By name, since a
         # subclass may have a `forward` of its own.
         GenSupConLoss.forward(self, torch.zeros(2, 2, 1, device="cpu"))
+        check_choice("backend", backend, BACKENDS)  # whether it can be used is for the device of the features to say
+        self.backend = backend
         if learnable_temperature:
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(

@@ -22,7 +22,7 @@ from genscl_loss._backends import fused, tiled
 from genscl_loss._backends.plans import MAX_FEATURES
 from genscl_loss._library import define_operator
 
-_NAMES = ("dense", "tiled", "triton")
+BACKENDS = ("auto", "dense", "tiled", "triton")
 
 # Logits up to which both halves of the loss sharing each pass outweigh the memory traffic. On a GPU small batches cost
 # the launches of their kernels, and the dense equation has the fewest. Found by measuring on a CPU, estimated on GPUs.
@@ -42,19 +42,16 @@ def available_backends() -> tuple[str, ...]:
         ('dense', 'tiled'...)
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _NAMES if fused.unavailable(device) is None else _NAMES[:2]
+    return BACKENDS[1:] if fused.unavailable(device) is None else BACKENDS[1:-1]
 
 
 def choose(backend: str, anchors: Tensor, num_contrasts: int) -> str:
-    """Resolve "auto" by the number of logits; check any other name."""
+    """Resolve "auto" by the number of logits; refuse another of `BACKENDS` if it cannot be used."""
     if backend == "auto":
         limit = _DENSE_AT_MOST.get(anchors.device.type, _DENSE_AT_MOST["cpu"])
         if anchors.shape[0] * num_contrasts <= limit:
             return "dense"
         return "triton" if anchors.is_cuda and _why_not_triton(anchors) is None else "tiled"
-    if backend not in _NAMES:
-        names = ", ".join(repr(name) for name in ("auto", *_NAMES))
-        raise ValueError(f"backend must be one of {names}; got {backend!r}")
     if backend == "triton" and (reason := _why_not_triton(anchors)) is not None:
         raise ValueError(f'backend "triton" cannot be used here: {reason}; "auto" takes another one')
     return backend
