@@ -1,0 +1,445 @@
+"""What the compiler makes of the Triton kernels: registers, spills, shared memory, instructions. Needs no GPU.
+
+    python benchmarks/kernel_report.py                                    # each line of the tile tables, for each GPU
+    python benchmarks/kernel_report.py --arch 90 --widths 128 --all       # all variants of a kernel
+    python benchmarks/kernel_report.py --arch 90 --widths 128 --terms 1 --kernel row_lse --plan "128 64 32 128 4 2 3"
+
+The launches are those of `genscl_loss._backends.fused` itself: it runs on tensors without memory, and an object that
+notes the arguments stands where the kernels are. The command ends with 1 if a kernel spills, exceeds a multiprocessor,
+or loses the overlap of matrix products with other instructions, none of which Triton says by itself.
+
+Columns of the table:
+    regs, spill, shared, fit   registers of a thread, bytes spilled to memory, KB of a program, and how many programs
+                               fit on a multiprocessor at a time / should, by the tile table
+    instr                      machine instructions of a thread in the main loop, predicated ones included, over the
+                               entries of its tile
+    issue, exp, mma, L2, bound a model, not a measurement: see `model`
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted cannot be compiled
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from genscl_loss._backends import fused, kernels, plans
+
+WIDTHS = (16, 32, 64, 128, 256, 512, 768, 1024)
+KERNELS = ("row_lse", "row_lse_grad", "split_rows", "gradient_weights", "merge_lse")
+RANGES = ("fixed", "online", "check")  # of exponents: see `fused._variants`
+PROBLEMS = ("self", "ragged", "rectangular", "first")
+
+
+class Chip(NamedTuple):
+    """One GPU generation: what a multiprocessor has, and how much of it one program may take."""
+
+    multiprocessors: int
+    shared: int  # KB
+    shared_per_program: int
+    threads: int
+    flops: int  # of fp16 matrix products with float32 sums, per cycle
+
+
+CHIPS = {
+    80: Chip(108, 164, 163, 2048, 2048),  # A100
+    89: Chip(142, 100, 99, 1536, 1024),  # L40S
+    90: Chip(132, 228, 227, 2048, 4096),  # H100, H200
+    100: Chip(148, 228, 227, 2048, 8192),  # B200
+}
+L2_BYTES = 32  # per cycle and multiprocessor: an assumption
+
+
+# ---- Recording launches ----
+
+
+class Launch(NamedTuple):
+    """All that the compiled code of a kernel depends on."""
+
+    arch: int
+    kernel: str
+    range: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    programs: int  # that should fit at a time; 0 if nothing relies on it
+
+
+class _Recorder:
+    """Stands where `fused` expects the module of kernels, and notes each launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.backend = make_backend(GPUTarget("cuda", arch, 32))
+        self.launches: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(kernels, name)
+        if not isinstance(kernel, JITFunction):
+            return kernel
+        binder = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+
+        def note(*args: Any, **options: Any) -> None:
+            bound, specialization, rest = binder(*args, **options)
+            _, signature, constants, attributes = kernel._pack_args(self.backend, options, bound, specialization, rest)
+            named = {kernel.arg_names[index]: value for (index,), value in constants.items()}
+            self.launches.append((name, (signature, named, attributes, rest)))
+
+        return _AnyGrid(note)
+
+
+class _AnyGrid:
+    def __init__(self, note: Any) -> None:
+        self.note = note
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.note
+
+
+def record(
+    arch: int, width: int, terms: int, problem: str, range: str, plan: plans.Plan | None = None
+) -> Iterator[Launch]:
+    """Launches of one forward and backward pass; with `plan`, as if the tile table had this line.
+
+    Args:
+        arch: Compute capability, 80 for 8.0.
+        width: Number of features.
+        terms: fp16 terms of a number.
+        problem: "self", a self-contrast; "ragged", one with few rows, of numbers that are no multiples of anything;
+            "rectangular", other rows as contrasts; "first", that with self terms.
+        range: "fixed", one shift for all exponents; "online", a running maximum; "check", the device chooses.
+        plan: In place of the table's line.
+    """
+    rows, features = (1001, width - 1) if problem == "ragged" else (1 << 16, width)
+    anchors = torch.empty(rows, features, device="meta")
+    contrasts = torch.empty(rows, features, device="meta") if problem in ("rectangular", "first") else None
+    self_offset = None if problem == "rectangular" else 0
+    scale = torch.tensor(10.0, device="meta" if range == "check" else "cpu")
+    unit = range != "online"
+    recorder = _Recorder(arch)
+    replaced: dict[str, Any] = {
+        "_kernels": lambda: recorder,
+        "_chip": lambda device: arch,
+        "_multiprocessors": lambda device: CHIPS[arch].multiprocessors,
+    }
+    if plan is not None:
+        block_out = width if plan.block_k == width else plans._BLOCK_OUT
+        replaced["forward_plan"] = lambda *line: plan
+        replaced["backward_plan"] = lambda *line: (plan, block_out)
+    with mock.patch.multiple(fused, **replaced):
+        lse, split, other = fused.row_lse(
+            anchors, contrasts, scale, self_offset, unit, "highest" if terms == 2 else "high"
+        )
+        num_contrasts = rows if contrasts is None else len(contrasts)
+        fused.row_lse_grad(lse, lse, split, other, scale, self_offset, unit, num_contrasts, features, True)
+    forward = plan or plans.forward_plan(arch, width, terms)
+    backward = plan or plans.backward_plan(arch, width, terms)[0]
+    programs = {"row_lse": forward.programs, "row_lse_grad": backward.programs}
+    for kernel, launch in recorder.launches:
+        yield Launch(arch, kernel, range, *launch, programs.get(kernel, 0))
+
+
+# ---- Compiling them ----
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel, as the tools that come with Triton see it."""
+
+    registers: int
+    spilled: int  # bytes stored and loaded
+    stack: int
+    shared: int
+    tensor_memory: int  # columns, of 512
+    serialized: bool  # whether the assembler gave up running matrix products beside other instructions
+    loop: dict[str, float]  # how often the main loop has each machine instruction, by its name
+
+
+def compile_launch(launch: Launch) -> Compiled:
+    """Compile a kernel as Triton does when it is first launched."""
+    kernel = getattr(kernels, launch.kernel)
+    constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
+    source = ASTSource(kernel, launch.signature, constants, launch.attributes)
+    # The assembler's remarks are printed when it runs, hence neither a quiet assembler nor a cached result.
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    remarks = io.StringIO()
+    with contextlib.redirect_stdout(remarks):
+        made = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+    log = remarks.getvalue()
+    is_tiled = "BLOCK_EDGE" in launch.constants
+    return Compiled(
+        registers=_number(r"Used (\d+) registers", log),
+        spilled=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
+        stack=_number(r"(\d+) bytes stack frame", log),
+        shared=made.metadata.shared,
+        tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
+        serialized="serialized" in log,
+        loop=_main_loop(_disassemble(made.asm["cubin"]), launch) if is_tiled else {},
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the assembler's remarks lack {pattern!r}: {text!r}")
+    return int(found[1])
+
+
+def _disassemble(cubin: bytes) -> list[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.nvdisasm.path
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return text.splitlines()
+
+
+def _instruction(line: str) -> str | None:
+    found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]+)", line)
+    return found[1] if found else None
+
+
+def _main_loop(lines: list[str], launch: Launch) -> dict[str, float]:
+    """The loop over tiles that need no mask. If it holds a loop over pieces of a row, that counts as often as it runs.
+
+    Of the loops that have an exponential for each entry of a tile it is the shortest; the other one takes narrower
+    tiles. How often the loop inside it runs is seen from the matrix products that have to be in a tile.
+    """
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+    ends: dict[int, int] = {}
+    for i, line in enumerate(lines):
+        found = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if found and labels.get(found[1], i) < i:
+            ends[labels[found[1]]] = i
+    constants, warps = launch.constants, launch.options["num_warps"]
+    entries = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * warps)
+    loops = [loop for loop in ends.items() if _count(lines, [loop]).get("MUFU.EX2", 0) >= entries]
+    first, last = min(loops, key=lambda loop: loop[1] - loop[0])
+    inside = [loop for loop in ends.items() if first < loop[0] and loop[1] < last and _products(lines, [loop], warps)]
+    counts = _count(lines, [(first, last)])
+    if inside:
+        missing = _products_of_tile(constants) - _products(lines, [(first, last)], warps)
+        more = missing / _products(lines, inside, warps)
+        for name, count in _count(lines, inside).items():
+            counts[name] += more * count
+    return counts
+
+
+def _count(lines: list[str], loops: Iterable[tuple[int, int]]) -> dict[str, float]:
+    names = [_instruction(line) for first, last in loops for line in lines[first : last + 1]]
+    return {name: float(names.count(name)) for name in dict.fromkeys(names) if name}
+
+
+def _products(lines: list[str], loops: Iterable[tuple[int, int]], warps: int) -> float:
+    """Multiplications in matrix products of all warps of a program."""
+    total = 0.0
+    for name, count in _count(lines, loops).items():
+        if name.startswith("HMMA.16816"):
+            total += count * 16 * 8 * 16 * warps
+        elif found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
+            total += count * int(found[1]) * int(found[2]) * int(found[3]) * warps / 4
+    return total
+
+
+def _products_of_tile(constants: dict[str, Any]) -> int:
+    features = constants["WIDTH"] + constants.get("BLOCK_OUT", 0)
+    return constants["BLOCK_M"] * constants["BLOCK_N"] * features * (3 if constants["TERMS"] == 2 else 1)
+
+
+# ---- What follows from them ----
+
+
+def fit(launch: Launch, made: Compiled) -> int:
+    """How many programs are on one multiprocessor at a time."""
+    chip, warps = CHIPS[launch.arch], launch.options.get("num_warps", 4)
+    limits = [chip.threads // (32 * warps), chip.shared * 1024 // (-(-made.shared // 128) * 128 + 1024)]
+    # Each quarter of a multiprocessor has a quarter of the registers and of the warps.
+    warps_of_quarter = (1 << 14) // (-(-made.registers // 8) * 8 * 32)
+    limits.append(warps_of_quarter * 4 // warps)
+    if made.tensor_memory:
+        limits.append(512 // made.tensor_memory)
+    return min(limits)
+
+
+def faults(launch: Launch, made: Compiled) -> list[str]:
+    """What must not be; nothing if all is well."""
+    found = []
+    if made.spilled or (made.stack and launch.arch < 100):
+        found.append(f"{made.spilled} bytes spilled, {made.stack} bytes of stack")
+    if made.shared > CHIPS[launch.arch].shared_per_program * 1024:
+        found.append(f"{made.shared / 1024:.0f} KB of shared memory")
+    if made.serialized:
+        found.append("serialized matrix products")
+    if (programs := fit(launch, made)) < max(launch.programs, 1):
+        found.append(f"{programs} programs fit, {launch.programs} should")
+    return found
+
+
+class Model(NamedTuple):
+    """Cycles that one multiprocessor needs for 128 rows and 128 columns. A model, not a measurement."""
+
+    issue: float
+    exp: float
+    mma: float
+    l2: float
+    bound: float
+
+
+def per_pair(launch: Launch, made: Compiled) -> float:
+    """Machine instructions of the main loop of a thread, over the entries of its tile."""
+    entries = launch.constants["BLOCK_M"] * launch.constants["BLOCK_N"] / (32 * launch.options["num_warps"])
+    return sum(made.loop.values()) / entries
+
+
+def model(launch: Launch, made: Compiled) -> Model:
+    """What keeps each unit busy in the main loop, and the least time that this implies.
+
+    A multiprocessor issues 4 instructions per cycle for 32 threads each, takes 16 exponentials, `Chip.flops` of matrix
+    products, and reads L2_BYTES. No unit can do better than its own share; a program waits for its matrix products
+    before it takes exponentials, so that only programs side by side overlap the two.
+    """
+    c, chip = launch.constants, CHIPS[launch.arch]
+    tile, width, planes = c["BLOCK_M"] * c["BLOCK_N"], c["WIDTH"], c["TERMS"]
+    pieces, out = c["BLOCK_K"] < width, c.get("BLOCK_OUT", 0)
+    columns = width + (out if pieces else 0)
+    loaded = 2 * planes * (c["BLOCK_N"] * columns + (c["BLOCK_M"] * width if pieces else 0))
+    repeats = -(-width // out) if out else 1  # programs that share a block of rows repeat each other's exponentials
+    exponentials = sum(count for name, count in made.loop.items() if name.startswith("MUFU"))
+    scale = repeats * 128 * 128 / tile
+    issue = scale * sum(made.loop.values()) * launch.options["num_warps"] / 4
+    exp = scale * exponentials * 32 * launch.options["num_warps"] / 16
+    mma = scale * 2 * _products_of_tile(c) / chip.flops
+    l2 = scale * loaded / L2_BYTES
+    programs = max(fit(launch, made), 1)
+    return Model(issue, exp, mma, l2, max(issue, exp, mma, l2, (mma + max(issue, exp)) / programs))
+
+
+# ---- The command ----
+
+
+def _case(launch: Launch) -> str:
+    """What a launch computes, in a few words."""
+    c = launch.constants
+    words = []
+    if "FIXED" in c:
+        words = [launch.range if launch.range != "check" else "check" + ("+" if c["FIXED"] else "-")]
+    if "ROW_TERM" in c:
+        words.append({(True, True): "both", (True, False): "rows", (False, True): "cols"}[c["ROW_TERM"], c["COL_TERM"]])
+    if c.get("HAS_SELF"):
+        words.append("self")
+    if c.get("PARTIAL"):
+        words.append("part")
+    features = list(launch.signature).index("num_features") if "num_features" in launch.signature else None
+    if features is not None and not launch.attributes.get((features,)):
+        words.append("odd")
+    return " ".join(words)
+
+
+def _row(launch: Launch, made: Compiled) -> SimpleNamespace:
+    """A line of the table, also as it is saved."""
+    c = launch.constants
+    row = SimpleNamespace(arch=launch.arch, kernel=launch.kernel, width=c.get("WIDTH"), terms=c.get("TERMS"))
+    row.case = _case(launch)
+    row.tile = [c[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_EDGE", "BLOCK_K") if name in c]
+    row.warps, row.stages = launch.options.get("num_warps", 4), launch.options.get("num_stages", 3)
+    row.registers, row.spilled, row.stack, row.shared = made.registers, made.spilled, made.stack, made.shared
+    row.serialized, row.tensor_memory = made.serialized, made.tensor_memory
+    row.fit, row.programs = fit(launch, made), launch.programs
+    row.per_pair = per_pair(launch, made) if made.loop else None
+    row.model = model(launch, made)._asdict() if made.loop else None
+    row.faults = faults(launch, made)
+    return row
+
+
+_HEADER = (
+    f"{'arch':>6} {'kernel':16} {'case':20} {'width':>5} x  {'m':>3} {'n':>3} {'edge':>4} {'k':>4} {'w':>2} s"
+    f"  {'regs':>4} {'spill':>5} {'shared':>6} {'fit':>4} {'instr':>5}"
+    f"  {'issue':>6} {'exp':>6} {'mma':>6} {'L2':>6} {'bound':>6}"
+)
+
+
+def _format(row: SimpleNamespace) -> str:
+    tile = "{:>3} {:>3} {:>4} {:>4}".format(*row.tile) if row.tile else " " * 17
+    text = (
+        f"sm_{row.arch:<3} {row.kernel:16} {row.case:20} {row.width or '':>5} {row.terms or '':1}"
+        f"  {tile} {row.warps:>2} {row.stages:>1}"
+        f"  {row.registers:>4} {row.spilled:>5} {row.shared / 1024:>5.0f}K {f'{row.fit}/{row.programs}':>4}"
+    )
+    if row.model:
+        numbers = (row.model[name] for name in ("issue", "exp", "mma", "l2", "bound"))
+        text += f" {row.per_pair:>5.2f}  " + " ".join(f"{number:>6.0f}" for number in numbers)
+    return text + "".join(f"  FAULT: {fault}" for fault in row.faults)
+
+
+def _work(launch: Launch) -> SimpleNamespace:
+    try:
+        return _row(launch, compile_launch(launch))
+    except Exception as error:
+        raise RuntimeError(f"cannot compile {launch}") from error
+
+
+def report(launches: Iterable[Launch]) -> Iterator[SimpleNamespace]:
+    """Lines of the table, in order, compiled in as many processes as there are cores."""
+    unique = list({repr(launch): launch for launch in launches}.values())
+    # A fresh process each, as this one may hold threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(unique)), mp_context=context) as pool:
+        yield from pool.map(_work, unique)
+
+
+def main() -> int:
+    """Print the table; 1 if there is a fault in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=CHIPS, default=list(plans._FORWARD))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS[:2]))
+    parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS)
+    parser.add_argument("--terms", type=int, nargs="+", choices=(1, 2), default=(1, 2))
+    parser.add_argument("--ranges", nargs="+", choices=RANGES, default=["fixed"])
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["self"])
+    parser.add_argument("--all", action="store_true", help="all ranges and problems")
+    parser.add_argument("--plan", help='a line in place of the table\'s: "m n edge k  warps stages programs"')
+    parser.add_argument("--json", type=Path, help="save the lines here")
+    args = parser.parse_args()
+    if args.all:
+        args.ranges, args.problems = RANGES, PROBLEMS
+    plan = args.plan and plans.Plan(*map(int, args.plan.split()))
+    launches = [
+        launch
+        for choice in itertools.product(args.arch, args.widths, args.terms, args.problems, args.ranges)
+        for launch in record(*choice, plan)
+        if launch.kernel in args.kernel
+    ]
+    print(f"Triton {triton.__version__}. The last five columns are a model, not a measurement.\n{_HEADER}")
+    rows = []
+    for row in report(launches):
+        print(_format(row), flush=True)
+        rows.append(vars(row))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    return int(any(row["faults"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be there: see `benchmarks/kernel_report.py`.
+
+Compiled here are each line of the tile tables in the variant that most calls take, a self-contrast with a known
+temperature, and on sm_90 the other variants of 128 features. `python benchmarks/kernel_report.py --all` compiles
+everything, and ends with 1 at any fault.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from genscl_loss._backends import plans
+
+RANGES = ("fixed", "online", "check")
+PROBLEMS = ("self", "rectangular", "first")
+REPORT = Path(__file__).resolve().parents[1] / "benchmarks" / "kernel_report.py"
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    pytest.skip("Triton's compiler for NVIDIA GPUs needs Linux on x86-64", allow_module_level=True)
+
+
+def report(folder: Path, *options: str) -> list[dict]:
+    """Lines of the report, made by a process of its own: here Triton may be in its interpreter's mode."""
+    file = folder / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(REPORT), *options, "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert file.exists(), done.stderr
+    rows = json.loads(file.read_text())
+    assert done.returncode == any(row["faults"] for row in rows), done.stderr
+    return rows
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("kernels")
+    variants = ("--ranges", *RANGES, "--problems", *PROBLEMS)
+    return report(folder) + report(folder, "--arch", "90", "--widths", "128", *variants)
+
+
+def name(row: dict) -> str:
+    return f"sm_{row['arch']} {row['kernel']} {row['case']}, {row['width']} features, {row['terms']} terms"
+
+
+def test_every_line_of_the_tables_is_compiled(rows):
+    compiled = {(row["kernel"], row["arch"], row["width"], row["terms"]) for row in rows}
+    tables = {"row_lse": plans._FORWARD, "row_lse_grad": plans._BACKWARD}
+    assert compiled == {
+        (kernel, arch, *line) for kernel, table in tables.items() for arch, lines in table.items() for line in lines
+    }
+
+
+def test_every_variant_is_compiled(rows):
+    cases = {row["case"] for row in rows if (row["kernel"], row["arch"], row["width"]) == ("row_lse_grad", 90, 128)}
+    for words in (("both", "self"), ("rows",), ("cols",), ("rows", "self"), ("cols", "self")):
+        for exponents in ("fixed", "online", "check+", "check-"):
+            assert " ".join((exponents, *words)) in cases, cases
+
+
+def test_no_kernel_spills_or_exceeds_a_multiprocessor(rows):
+    assert not {name(row): row["faults"] for row in rows if row["faults"]}
+
+
+@pytest.mark.parametrize(("kernel", "most"), [("row_lse", 6.5), ("row_lse_grad", 10.0)])
+def test_instructions_of_the_main_loop(rows, kernel, most):
+    """All machine instructions of a thread, predicated ones too, over the entries of its tile; one term, sm_90."""
+    counts = {
+        name(row): row["per_pair"]
+        for row in rows
+        if (row["kernel"], row["arch"], row["width"], row["terms"]) == (kernel, 90, 128, 1) and "fixed" in row["case"]
+    }
+    assert counts
+    assert max(counts.values()) <= most, counts
+
+
+@pytest.mark.parametrize(
+    ("kernel", "plan", "fault"),
+    [
+        ("row_lse_grad", "128 128 64 128 4 2 1", "bytes spilled"),
+        ("row_lse_grad", "128 128 64 128 4 2 1", "serialized matrix products"),
+        ("row_lse", "256 256 64 128 8 3 1", "KB of shared memory"),
+        ("row_lse", "128 128 64 128 8 2 3", "2 programs fit, 3 should"),
+    ],
+)
+def test_a_bad_line_is_found(tmp_path, kernel, plan, fault):
+    line = ["--arch", "90", "--widths", "128", "--terms", "1", "--kernel", kernel, "--plan", plan]
+    (row,) = report(tmp_path, *line)
+    assert any(fault in found for found in row["faults"]), row
