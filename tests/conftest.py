@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on the CPU, as Python
 
 # Test bodies run once per backend through the `backend` fixture, which hypothesis would otherwise refuse.
 _SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors]
@@ -16,9 +22,14 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
-@pytest.fixture(params=["dense", "tiled", "auto"])
+@pytest.fixture(params=["dense", "tiled", "auto", "triton"])
 def backend(request) -> str:
-    """Every backend name that works on any machine."""
+    """Every backend name; "triton" in Triton's interpreter, and not for tests that are marked `not_on_triton`."""
+    if request.param == "triton":
+        if (mark := request.node.get_closest_marker("not_on_triton")) is not None:
+            pytest.skip(f"not on triton: {mark.args[0]}")
+        if not INTERPRETED:
+            pytest.skip("needs Triton's interpreter: a Triton that is installed, and no GPU")
     return request.param
 
 

@@ -14,6 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from genscl_loss import gen_supcon_loss
+
 MODES = ("all", "one", "first")
 LABEL_KINDS = ("none", "hard", "one_class", "lone", "onehot", "soft", "per_view", "multihot", "near_disjoint")
 
@@ -197,3 +199,24 @@ def tolerance(options: dict, dtype: torch.dtype = torch.float64) -> float:
     tau, base = float(options.get("temperature", 0.07)), options.get("base_temperature", 0.07)
     rounding = 32 * float(np.finfo(np.float64 if dtype == torch.float64 else np.float32).eps)
     return (1.0 / tau + 10.0) * (1.0 if base is None else tau / base) * (rounding + 1e-7)
+
+
+def single(rows):
+    """One tensor or several, float64 as float32."""
+    if isinstance(rows, (tuple, list)):
+        return type(rows)(single(view) for view in rows)
+    return rows.float() if rows.dtype == torch.float64 else rows
+
+
+def run_loss(features, labels=None, *, backend: str, **options) -> Tensor:
+    """`gen_supcon_loss`; "triton" gets rows of float64 in float32, which is all that it computes in."""
+    if backend == "triton":
+        features = single(features)
+        if "contrast_features" in options:
+            options["contrast_features"] = single(options["contrast_features"])
+    return gen_supcon_loss(features, labels, **options, backend=backend)
+
+
+def rounding_of_half(backend: str, dtype: torch.dtype, tau: float) -> float:
+    """How far products of 10 mantissa bits, which "triton" has for half-precision features, may move a logit."""
+    return 2.0**-10 / tau if backend == "triton" and dtype in (torch.float16, torch.bfloat16) else 0.0

@@ -215,7 +215,7 @@ def test_a_backend_asked_for_by_name_is_used_or_refused():
     rows = torch.empty(10**6, 8)
     assert [choose(name, rows, 10**6) for name in available_backends()] == list(available_backends())
     with pytest.raises(ValueError, match="^backend must be one of 'auto', 'dense', 'tiled', 'triton'; got 'Triton'"):
-        choose("Triton", rows, 2)
+        gen_supcon_loss(rows[:4], torch.arange(4) % 2, backend="Triton")
 
 
 # What other ways to differentiate, and to store, make of the operators

@@ -43,6 +43,7 @@ def supcontrast(features, labels=None, mask=None, *, mode="all", tau=0.07, base=
 SUPCONTRAST_MODE = {"all": "all", "one": "first"}  # its "one" is our "first"
 
 
+@pytest.mark.not_on_triton("needs float64")
 @pytest.mark.parametrize("mode", ["all", "one"])
 @pytest.mark.parametrize("views", [1, 2, 3])
 @pytest.mark.parametrize("labels", [LABELS, LONE], ids=["every anchor has a positive", "lone classes"])
@@ -61,6 +62,7 @@ def test_supcontrast_with_labels(backend, labels, views, mode):
         torch.testing.assert_close(actual, wanted, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.not_on_triton("needs float64")
 @pytest.mark.parametrize("mode", ["all", "one"])
 @pytest.mark.parametrize("views", [2, 3])
 def test_supcontrast_without_labels_is_simclr(backend, views, mode):
@@ -69,6 +71,7 @@ def test_supcontrast_without_labels_is_simclr(backend, views, mode):
     torch.testing.assert_close(actual, supcontrast(features, mode=mode), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.not_on_triton("needs float64")
 @pytest.mark.parametrize("mode", ["all", "one"])
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_supcontrast_mask_is_our_label_similarity(backend, views, mode):
@@ -80,6 +83,7 @@ def test_supcontrast_mask_is_our_label_similarity(backend, views, mode):
     torch.testing.assert_close(actual, supcontrast(features, mask=mask, mode=mode), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.not_on_triton("needs float64")
 def test_supcontrast_flattens_feature_maps(backend):
     features = unit_views(2, seed=4)
     maps = features.reshape(N, 2, 3, 2, 2)
@@ -94,6 +98,7 @@ def test_supcontrast_call_sites_run_unchanged():
     torch.testing.assert_close(criterion(features, LABELS), supcontrast(features, LABELS, tau=0.1), rtol=1e-7, atol=0)
 
 
+@pytest.mark.not_on_triton("needs float64")
 def test_supcontrast_gradients_are_the_same_through_the_users_own_normalisation(backend):
     raw = random_features(N, 2, D, seed=6)
     gradients = []
@@ -132,6 +137,7 @@ def label_views(views: int, kind: str) -> tuple[torch.Tensor, ...]:
     return tuple(soft_rows(N, 6, seed=v) * (v + 1) for v in range(views))
 
 
+@pytest.mark.not_on_triton("needs float64")
 @pytest.mark.parametrize("kind", ["one-hot", "soft, per view"])
 @pytest.mark.parametrize(("mode", "views"), [("all", 1), ("all", 2), ("all", 3), ("one", 2), ("one", 3)])
 def test_official_code_on_tuples(backend, mode, views, kind):
@@ -140,6 +146,7 @@ def test_official_code_on_tuples(backend, mode, views, kind):
     torch.testing.assert_close(actual, official(features, labels, mode=mode, tau=0.1), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.not_on_triton("needs float64")
 @pytest.mark.parametrize("mode", ["all", "one"])
 def test_official_trainer_with_a_teacher(backend, mode):
     # loss(l_q, l_k) + alpha * loss(teacher_q, teacher_k)
@@ -169,6 +176,7 @@ def metric_losses():
     return pytest.importorskip("pytorch_metric_learning.losses", exc_type=ImportError)
 
 
+@pytest.mark.not_on_triton("needs float64")
 @pytest.mark.parametrize("tau", [0.05, 0.1, 0.5])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 def test_metric_learning_supcon_when_every_anchor_has_a_positive(backend, metric_losses, tau, scale):
@@ -181,6 +189,7 @@ def test_metric_learning_supcon_when_every_anchor_has_a_positive(backend, metric
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.not_on_triton("needs float64")
 def test_metric_learning_supcon_ignores_anchors_without_positives(backend, metric_losses):
     features = random_features(N, 1, D, seed=11)[:, 0]
     wanted = metric_losses.SupConLoss(temperature=0.1)(features, LONE)
@@ -196,6 +205,7 @@ def test_metric_learning_supcon_ignores_anchors_without_positives(backend, metri
     torch.testing.assert_close(zero, wanted * 7 / 10, rtol=1e-5, atol=0)
 
 
+@pytest.mark.not_on_triton("needs float64")
 def test_metric_learning_supcon_against_a_reference_set(backend, metric_losses):
     features, reference = random_features(N, 1, D, seed=12)[:, 0], random_features(7, 1, D, seed=13)[:, 0]
     reference_labels = torch.arange(7) % 4
@@ -212,6 +222,7 @@ def test_metric_learning_supcon_against_a_reference_set(backend, metric_losses):
     torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.not_on_triton("needs float64")
 def test_metric_learning_supcon_gradients(backend, metric_losses):
     raw = random_features(N, 1, D, seed=14)[:, 0]
     theirs, ours = raw.clone().requires_grad_(), raw.clone().requires_grad_()
@@ -220,6 +231,7 @@ def test_metric_learning_supcon_gradients(backend, metric_losses):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.not_on_triton("needs float64")
 def test_metric_learning_ntxent_on_two_views(backend, metric_losses):
     # self-supervised pairs: labels repeated over two views
     features = random_features(N, 2, D, seed=15)

@@ -8,20 +8,20 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import Problem, generator, problems, seeds, set_problems, soft_rows, tolerance
+from strategies import Problem, generator, problems, run_loss, seeds, set_problems, soft_rows, tolerance
 from torch import Tensor
-
-from genscl_loss import gen_supcon_loss
 
 
 def loss_of(problem: Problem, backend: str, features=None, **changes) -> Tensor:
     """Our loss for the problem, with tiles of the drawn size."""
     features = problem.features if features is None else features
     with patch("genscl_loss._backends.tiled.TILE", problem.tile):
-        return gen_supcon_loss(features, **problem.but(**changes), backend=backend)
+        return run_loss(features, **problem.but(**changes), backend=backend)
 
 
 def same(actual: Tensor, expected: Tensor, problem: Problem, dtype: torch.dtype = torch.float64) -> None:
+    if torch.float32 in (actual.dtype, expected.dtype):
+        dtype = torch.float32
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=1e-9, atol=tolerance(problem.options, dtype), equal_nan=False
     )
@@ -56,6 +56,7 @@ def test_with_all_views_as_anchors_the_order_of_views_does_not_matter(backend, p
     same(loss_of(problem, backend, problem.features[:, order]), loss_of(problem, backend), problem)
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(modes=("all",), kinds=("per_view",), extras=False), seed=seeds)
 def test_views_may_change_order_together_with_their_labels(backend, problem, seed):
     order = torch.randperm(problem.views, generator=generator(seed))
@@ -71,6 +72,7 @@ def test_the_length_of_a_feature_row_does_not_matter(backend, problem, seed):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=spread * tolerance(problem.options))
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("onehot", "soft", "per_view", "near_disjoint"), extras=False), seed=seeds)
 def test_the_length_of_a_label_row_does_not_matter(backend, problem, seed):
     labels = problem.options["labels"]
@@ -79,6 +81,7 @@ def test_the_length_of_a_label_row_does_not_matter(backend, problem, seed):
     same(loss_of(problem, backend, labels=labels * scale), loss_of(problem, backend), problem)
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(extras=False))
 def test_duplicating_a_tuple_into_a_tensor_changes_nothing(backend, problem):
     assert torch.equal(loss_of(problem, backend, tuple(problem.features.unbind(1))), loss_of(problem, backend))
@@ -87,6 +90,7 @@ def test_duplicating_a_tuple_into_a_tensor_changes_nothing(backend, problem):
 # --- equivalent ways to say the same thing -------------------------------------------------------------------------
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("hard",)))
 def test_one_hot_rows_and_integers_are_the_same_labels(backend, problem):
     labels = problem.options["labels"]
@@ -96,11 +100,13 @@ def test_one_hot_rows_and_integers_are_the_same_labels(backend, problem):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=spread * tolerance(problem.options))
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("none",)))
 def test_no_labels_means_every_sample_is_its_own_class(backend, problem):
     assert torch.equal(loss_of(problem, backend, labels=torch.arange(problem.number)), loss_of(problem, backend))
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("hard", "one_class", "lone")), offset=st.integers(-(2**40), 2**40))
 def test_the_names_of_the_classes_do_not_matter(backend, problem, offset):
     labels = problem.options["labels"] * 3 + offset
@@ -117,6 +123,7 @@ def cosine(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(lengths > 0, left @ right.T / lengths.clamp_min(1e-300), 0.0)
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("onehot", "soft", "multihot", "near_disjoint"), extras=False))
 def test_label_similarity_set_to_the_cosine_of_the_labels_equals_the_labels(backend, problem):
     similarity = cosine(problem.options["labels"], problem.options["labels"])
@@ -124,6 +131,7 @@ def test_label_similarity_set_to_the_cosine_of_the_labels_equals_the_labels(back
     same(actual, loss_of(problem, backend), problem)
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("per_view",), extras=False))
 def test_a_full_label_similarity_equals_labels_per_view(backend, problem):
     flat = torch.cat(problem.options["labels"].unbind(1))
@@ -161,6 +169,7 @@ def test_all_backends_agree_with_dense(problem):
 # --- reductions and the teacher ------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("hard", "soft", "per_view")), alpha=st.sampled_from([0.0, 0.3, 1.0, 7.0]), seed=seeds)
 def test_the_teacher_term_is_added_linearly(backend, problem, alpha, seed):
     teacher = soft_rows(problem.number, 4, seed)
@@ -174,6 +183,7 @@ def test_the_teacher_term_is_added_linearly(backend, problem, alpha, seed):
     )
 
 
+@pytest.mark.not_on_triton("needs float64")
 @given(problem=problems(extras=True))
 def test_sum_and_mean_follow_from_none(backend, problem):
     each = loss_of(problem, backend, reduction="none")
@@ -189,6 +199,7 @@ def test_sum_and_mean_follow_from_none(backend, problem):
     torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.not_on_triton("needs float64")
 @given(problem=problems(extras=False), factor=st.floats(0.01, 100.0), seed=seeds)
 def test_the_mean_does_not_depend_on_the_scale_of_the_sample_weights(backend, problem, factor, seed):
     weight = torch.rand(problem.number, generator=generator(seed), dtype=torch.float64) + 0.01
@@ -199,6 +210,7 @@ def test_the_mean_does_not_depend_on_the_scale_of_the_sample_weights(backend, pr
     )
 
 
+@pytest.mark.not_on_triton("needs float64")
 @given(problem=problems(extras=False), base=st.floats(0.01, 10.0))
 def test_the_base_temperature_only_scales(backend, problem, base):
     plain = loss_of(problem, backend, base_temperature=None)
@@ -221,6 +233,7 @@ def test_one_bad_feature_entry_never_gives_a_finite_mean_loss(backend, poison, n
     assert not loss.isfinite(), f"{poison} at {index} gave {loss.item()}"
 
 
+@pytest.mark.not_on_triton("about labels, which no kernel sees")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @given(problem=problems(kinds=("lone",), modes=("all",), max_views=1, extras=False), data=st.data())
 def test_ignoring_empty_anchors_does_not_hide_a_bad_feature_entry(backend, poison, problem, data):

@@ -214,6 +214,7 @@ def test_trap_4_a_learnable_temperature_does_not_run_away(backend):
     assert 0.01 * (1 - 1e-6) <= loss.temperature.item() <= 1.0 + 1e-6
 
 
+@pytest.mark.not_on_triton("needs float64")
 def test_trap_4_the_factor_is_detached(backend):
     features, labels = random_features(16, 2, 8, seed=7), torch.arange(16) % 4
     gradients = []
@@ -255,6 +256,7 @@ def test_trap_5_autocast_does_not_reach_the_similarities(backend):
 # --- 6. collapse ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_on_triton("needs float64")
 @pytest.mark.parametrize("tau", [0.01, 0.07, 0.5])
 @pytest.mark.parametrize("base", [0.07, 1.0])
 @pytest.mark.parametrize("views", [1, 2])
