@@ -13,7 +13,8 @@ Columns of the table:
                                fit on a multiprocessor at a time / should, by the tile table
     instr                      machine instructions of a thread in the main loop, predicated ones included, over the
                                entries of its tile
-    issue, exp, mma, L2, bound a model, not a measurement: see `model`
+    issue, exp, mma, shared, L2, bound
+                               a model, not a measurement: see `model`
 """
 
 from __future__ import annotations
@@ -217,15 +218,16 @@ def _disassemble(cubin: bytes) -> list[str]:
 
 
 def _instruction(line: str) -> str | None:
-    found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]+)", line)
-    return found[1] if found else None
+    """Its name; a matrix product that reads its rows, too, from shared memory has one of its own."""
+    found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]+)(?:\s+\w+, (gdesc))?", line)
+    return found[1] + (".SHARED" if found[2] else "") if found else None
 
 
 def _main_loop(lines: list[str], launch: Launch) -> dict[str, float]:
     """The loop over tiles that need no mask. If it holds a loop over pieces of a row, that counts as often as it runs.
 
-    Of the loops that have an exponential for each entry of a tile it is the shortest; the other one takes narrower
-    tiles. How often the loop inside it runs is seen from the matrix products that have to be in a tile.
+    Of the loops with exponentials it has the most, as the other one takes narrower tiles. How often the loop inside it
+    runs is seen from the matrix products that have to be in a tile.
     """
     labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
     ends: dict[int, int] = {}
@@ -235,13 +237,18 @@ def _main_loop(lines: list[str], launch: Launch) -> dict[str, float]:
             ends[labels[found[1]]] = i
     constants, warps = launch.constants, launch.options["num_warps"]
     entries = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * warps)
-    loops = [loop for loop in ends.items() if _count(lines, [loop]).get("MUFU.EX2", 0) >= entries]
-    first, last = min(loops, key=lambda loop: loop[1] - loop[0])
-    inside = [loop for loop in ends.items() if first < loop[0] and loop[1] < last and _products(lines, [loop], warps)]
+    exponentials = {loop: count for loop in ends.items() if (count := _count(lines, [loop]).get("MUFU.EX2", 0))}
+    innermost = [a for a in exponentials if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in exponentials)]
+    first, last = max(innermost, key=exponentials.__getitem__)
+    inside = [
+        loop for loop in ends.items() if first < loop[0] and loop[1] < last and _products(_count(lines, [loop]), warps)
+    ]
     counts = _count(lines, [(first, last)])
     if inside:
-        missing = _products_of_tile(constants) - _products(lines, [(first, last)], warps)
-        more = missing / _products(lines, inside, warps)
+        # Warps may repeat each other's logits: then they take as many more exponentials.
+        repeats = counts["MUFU.EX2"] // (entries * _exponentials(constants))
+        products = repeats * _products_of_logits(constants) + _products_of_gradient(constants)
+        more = (products - _products(counts, warps)) / _products(_count(lines, inside), warps)
         for name, count in _count(lines, inside).items():
             counts[name] += more * count
     return counts
@@ -252,10 +259,10 @@ def _count(lines: list[str], loops: Iterable[tuple[int, int]]) -> dict[str, floa
     return {name: float(names.count(name)) for name in dict.fromkeys(names) if name}
 
 
-def _products(lines: list[str], loops: Iterable[tuple[int, int]], warps: int) -> float:
-    """Multiplications in matrix products of all warps of a program."""
+def _products(counts: dict[str, float], warps: int) -> float:
+    """Multiplications in matrix products of all warps of a program; 0 where instructions do not show them (sm_100)."""
     total = 0.0
-    for name, count in _count(lines, loops).items():
+    for name, count in counts.items():
         if name.startswith("HMMA.16816"):
             total += count * 16 * 8 * 16 * warps
         elif found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
@@ -263,9 +270,17 @@ def _products(lines: list[str], loops: Iterable[tuple[int, int]], warps: int) ->
     return total
 
 
-def _products_of_tile(constants: dict[str, Any]) -> int:
-    features = constants["WIDTH"] + constants.get("BLOCK_OUT", 0)
-    return constants["BLOCK_M"] * constants["BLOCK_N"] * features * (3 if constants["TERMS"] == 2 else 1)
+def _products_of_logits(constants: dict[str, Any]) -> int:
+    return constants["BLOCK_M"] * constants["BLOCK_N"] * constants["WIDTH"] * (3 if constants["TERMS"] == 2 else 1)
+
+
+def _products_of_gradient(constants: dict[str, Any]) -> int:
+    return _products_of_logits(constants) * constants.get("BLOCK_OUT", 0) // constants["WIDTH"]
+
+
+def _exponentials(constants: dict[str, Any]) -> int:
+    """For each entry of a tile."""
+    return 1 if constants["FIXED"] or not (constants.get("ROW_TERM") and constants.get("COL_TERM")) else 2
 
 
 # ---- What follows from them ----
@@ -303,6 +318,7 @@ class Model(NamedTuple):
     issue: float
     exp: float
     mma: float
+    shared: float
     l2: float
     bound: float
 
@@ -317,8 +333,9 @@ def model(launch: Launch, made: Compiled) -> Model:
     """What keeps each unit busy in the main loop, and the least time that this implies.
 
     A multiprocessor issues 4 instructions per cycle for 32 threads each, takes 16 exponentials, `Chip.flops` of matrix
-    products, and reads L2_BYTES. No unit can do better than its own share; a program waits for its matrix products
-    before it takes exponentials, so that only programs side by side overlap the two.
+    products, moves 128 bytes to or from shared memory, and reads L2_BYTES. No unit can do better than its own share;
+    a program waits for its matrix products before it takes exponentials, so that only programs side by side overlap
+    the two. Nothing is said about latencies.
     """
     c, chip = launch.constants, CHIPS[launch.arch]
     tile, width, planes = c["BLOCK_M"] * c["BLOCK_N"], c["WIDTH"], c["TERMS"]
@@ -330,10 +347,26 @@ def model(launch: Launch, made: Compiled) -> Model:
     scale = repeats * 128 * 128 / tile
     issue = scale * sum(made.loop.values()) * launch.options["num_warps"] / 4
     exp = scale * exponentials * 32 * launch.options["num_warps"] / 16
-    mma = scale * 2 * _products_of_tile(c) / chip.flops
+    products = _products(made.loop, launch.options["num_warps"]) or _products_of_logits(c) + _products_of_gradient(c)
+    mma = scale * 2 * products / chip.flops
+    shared = scale * sum(count * _shared_bytes(name) for name, count in made.loop.items())
+    shared *= launch.options["num_warps"] / 128
     l2 = scale * loaded / L2_BYTES
     programs = max(fit(launch, made), 1)
-    return Model(issue, exp, mma, l2, max(issue, exp, mma, l2, (mma + max(issue, exp)) / programs))
+    bound = max(issue, exp, mma, shared, l2, (max(mma, shared) + max(issue, exp)) / programs)
+    return Model(issue, exp, mma, shared, l2, bound)
+
+
+def _shared_bytes(name: str) -> float:
+    """Bytes of shared memory that an instruction of one warp reads or writes."""
+    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):  # of four warps
+        rows, cols, depth = (int(number) for number in found.groups())
+        return 2 * depth * (cols + (rows if name.endswith("SHARED") else 0)) / 4
+    if found := re.match(r"(?:LDSM|STSM)\..*?(\d)(?:\.|$)", name.replace("16.M", "M").replace("M88.", "")):
+        return 128.0 * int(found[1])
+    if re.match(r"(LDS|STS|LDGSTS)\b", name):
+        return 512.0 if "128" in name else 256.0 if "64" in name else 128.0
+    return 0.0
 
 
 # ---- The command ----
@@ -376,7 +409,7 @@ def _row(launch: Launch, made: Compiled) -> SimpleNamespace:
 _HEADER = (
     f"{'arch':>6} {'kernel':16} {'case':20} {'width':>5} x  {'m':>3} {'n':>3} {'edge':>4} {'k':>4} {'w':>2} s"
     f"  {'regs':>4} {'spill':>5} {'shared':>6} {'fit':>4} {'instr':>5}"
-    f"  {'issue':>6} {'exp':>6} {'mma':>6} {'L2':>6} {'bound':>6}"
+    f"  {'issue':>6} {'exp':>6} {'mma':>6} {'shared':>6} {'L2':>6} {'bound':>6}"
 )
 
 
@@ -388,7 +421,7 @@ def _format(row: SimpleNamespace) -> str:
         f"  {row.registers:>4} {row.spilled:>5} {row.shared / 1024:>5.0f}K {f'{row.fit}/{row.programs}':>4}"
     )
     if row.model:
-        numbers = (row.model[name] for name in ("issue", "exp", "mma", "l2", "bound"))
+        numbers = (row.model[name] for name in ("issue", "exp", "mma", "shared", "l2", "bound"))
         text += f" {row.per_pair:>5.2f}  " + " ".join(f"{number:>6.0f}" for number in numbers)
     return text + "".join(f"  FAULT: {fault}" for fault in row.faults)
 
@@ -431,7 +464,7 @@ def main() -> int:
         for launch in record(*choice, plan)
         if launch.kernel in args.kernel
     ]
-    print(f"Triton {triton.__version__}. The last five columns are a model, not a measurement.\n{_HEADER}")
+    print(f"Triton {triton.__version__}. The last six columns are a model, not a measurement.\n{_HEADER}")
     rows = []
     for row in report(launches):
         print(_format(row), flush=True)

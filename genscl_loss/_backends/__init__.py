@@ -67,9 +67,12 @@ def _why_not_triton(anchors: Tensor) -> str | None:
 
 
 def _constant(function: Any) -> Any:
-    """Have `torch.compile` take the result as it is while tracing."""
-    mark: Any = torch.compiler.assume_constant_result
-    return mark(function)
+    """Have `torch.compile` take the result as it is while tracing.
+
+    What `torch.compiler.assume_constant_result` does, without importing the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 _unavailable = _constant(fused.unavailable)
@@ -95,7 +98,7 @@ def row_lse(
 
     Args:
         anchors: (A, D), float32 or float64.
-        contrasts: (M, D) of the same dtype; None contrasts the anchors with themselves (M = A, self_offset = 0).
+        contrasts: (M, D) of the same dtype, M > 0; None contrasts the anchors with themselves (M = A, self_offset = 0).
         scale: 0-dim tensor, one over the temperature.
         self_offset: anchor i is contrast i + self_offset; None if no anchor is among the contrasts.
         unit: Whether no row is longer than one.
@@ -115,12 +118,17 @@ def row_lse(
 def _entries_up_to_one(
     anchors: Tensor, contrasts: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The same logits from rows that fp16 can hold: all divided by one power of two."""
-    given = [anchors] if contrasts is None else [anchors, contrasts]
-    largest = torch.stack([rows.detach().abs().amax() for rows in given]).amax()
-    factor = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
-    rows = [x * factor for x in given]
-    return rows[0], None if contrasts is None else rows[1], scale.to(factor.device) / factor / factor
+    """The same logits from rows that fp16 can hold: anchors and contrasts each divided by a power of two."""
+    factor = _power_of_two(anchors)
+    other_factor = factor if contrasts is None else _power_of_two(contrasts)
+    scale = scale.to(anchors.device) / factor / other_factor
+    return anchors * factor, None if contrasts is None else contrasts * other_factor, scale
+
+
+def _power_of_two(rows: Tensor) -> Tensor:
+    """What brings the largest entry between a half and one."""
+    largest = rows.detach().abs().amax()
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
 
 
 def _lse_kernel(
@@ -131,13 +139,20 @@ def _lse_kernel(
     unit: bool,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and anchors and contrasts as the backward pass wants them; empty where as they were given."""
-    nothing = anchors.new_empty(0, dtype=torch.float16)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result; then, as the backward pass wants them, what it was made of, anchors and contrasts.
+
+    Empty where the result, the anchors or the contrasts themselves are wanted.
+    """
     if backend == "tiled":
-        return tiled.row_lse(anchors, contrasts, scale, self_offset), nothing, nothing.clone()
-    lse, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision)
-    return lse, rows, nothing if cols is None else cols
+        nothing = (anchors.new_empty(0), _no_rows(anchors), _no_rows(anchors))
+        return tiled.row_lse(anchors, contrasts, scale, self_offset), *nothing
+    lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision)
+    return lse, sums, rows, _no_rows(anchors) if cols is None else cols
+
+
+def _no_rows(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float16)
 
 
 def _lse_fake(
@@ -148,33 +163,35 @@ def _lse_fake(
     unit: bool,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def kept(rows: Tensor | None) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def split(rows: Tensor | None) -> Tensor:
         if backend == "tiled" or rows is None:
-            return anchors.new_empty(0, dtype=torch.float16)
+            return _no_rows(anchors)
         return rows.new_empty(fused.split_shape(rows.shape[0], rows.shape[1], precision), dtype=torch.float16)
 
-    return anchors.new_empty(anchors.shape[0]), kept(anchors), kept(contrasts)
+    n = anchors.shape[0]
+    sums = anchors.new_empty(0 if backend == "tiled" else (2, n))
+    return anchors.new_empty(n), sums, split(anchors), split(contrasts)
 
 
 def _lse_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     anchors, contrasts, scale, ctx.self_offset, ctx.unit, _, ctx.backend = inputs
-    lse, *kept = output
-    ctx.mark_non_differentiable(*kept)
+    lse, sums, rows, cols = output
+    ctx.mark_non_differentiable(rows, cols)  # not the sums: through them a second derivative finds its refusal
     ctx.set_materialize_grads(False)
     # Split rows take the place of the rows themselves, whose memory is then free before the backward pass.
-    rows = (anchors, contrasts) if ctx.backend == "tiled" else (kept[0], None if contrasts is None else kept[1])
-    ctx.save_for_backward(lse, *rows, scale, anchors if scale.requires_grad else None)
+    kept = (lse, anchors, contrasts) if ctx.backend == "tiled" else (sums, rows, None if contrasts is None else cols)
+    ctx.save_for_backward(*kept, scale, anchors if scale.requires_grad else None)
     ctx.sizes = (anchors.shape[0] if contrasts is None else contrasts.shape[0], anchors.shape[1])
 
 
 def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    lse, rows, cols, scale, anchors = ctx.saved_tensors
+    sums, rows, cols, scale, anchors = ctx.saved_tensors
     _, contrasts_need_grad, scale_needs_grad, *_ = ctx.needs_input_grad
     if grad is None:
         return (None,) * 7
     d_anchors, d_contrasts = _row_lse_grad(
-        grad, lse, rows, cols, scale, ctx.self_offset, ctx.unit, *ctx.sizes, contrasts_need_grad, ctx.backend
+        grad, sums, rows, cols, scale, ctx.self_offset, ctx.unit, *ctx.sizes, contrasts_need_grad, ctx.backend
     )
     d_scale = None
     if scale_needs_grad:
@@ -186,7 +203,7 @@ def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
 
 def _grad_kernel(
     grad: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     rows: Tensor,
     cols: Tensor | None,
     scale: Tensor,
@@ -198,17 +215,17 @@ def _grad_kernel(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "tiled":
-        d_anchors, d_contrasts = tiled.row_lse_grad(grad, lse, rows, cols, scale, self_offset, contrasts_need_grad)
+        d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, self_offset, contrasts_need_grad)
     else:
         d_anchors, d_contrasts = fused.row_lse_grad(
-            grad, lse, rows, cols, scale, self_offset, unit, num_contrasts, num_features, contrasts_need_grad
+            grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, contrasts_need_grad
         )
     return d_anchors, grad.new_empty(0) if d_contrasts is None else d_contrasts
 
 
 def _grad_fake(
     grad: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     rows: Tensor,
     cols: Tensor | None,
     scale: Tensor,
@@ -236,7 +253,7 @@ def _grad_backward(ctx: Any, *grads: Tensor) -> None:
 _row_lse = define_operator(
     "row_lse",
     "(Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset, bool unit, str precision, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_lse_kernel,
     fake=_lse_fake,
     setup_context=_lse_setup_context,
@@ -244,7 +261,7 @@ _row_lse = define_operator(
 )
 _row_lse_grad = define_operator(
     "row_lse_grad",
-    "(Tensor grad, Tensor lse, Tensor rows, Tensor? cols, Tensor scale, SymInt? self_offset, bool unit,"
+    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, SymInt? self_offset, bool unit,"
     " SymInt num_contrasts, SymInt num_features, bool contrasts_need_grad, str backend) -> (Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,

@@ -47,23 +47,24 @@ def unavailable(device: torch.device) -> str | None:
 
 def row_lse(
     anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, unit: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Log-sum-exp of each row of logits without the self term; see `genscl_loss._backends.row_lse`.
 
     Returns:
-        The log-sum-exp, and anchors and contrasts as `row_lse_grad` takes them.
+        The log-sum-exp, and as `row_lse_grad` takes them what it was made of, (2, A), anchors and contrasts.
     """
     with _on(anchors.device):
         rows = _split_rows(anchors, precision)
         cols = None if contrasts is None else _split_rows(contrasts, precision)
         num_cols = anchors.shape[0] if contrasts is None else contrasts.shape[0]
-        lse = _launch_lse(rows, rows if cols is None else cols, anchors.shape[0], num_cols, scale, self_offset, unit)
-    return lse, rows, cols
+        others = rows if cols is None else cols
+        lse, sums = _launch_lse(rows, others, anchors.shape[0], num_cols, scale, self_offset, unit)
+    return lse, sums, rows, cols
 
 
 def row_lse_grad(
     grad: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     rows: Tensor,
     cols: Tensor | None,
     scale: Tensor,
@@ -73,12 +74,12 @@ def row_lse_grad(
     num_features: int,
     contrasts_need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts, from `rows` and `cols` of `row_lse`."""
+    """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts, from what `row_lse` returned."""
     n, m = grad.shape[0], num_contrasts
     with _on(grad.device):
         largest = torch.linalg.vector_norm(grad, torch.inf)
         shared = (largest, scale, unit, num_features)
-        weights = _launch_weights(grad.contiguous(), lse, rows.shape[1], largest, scale, unit)
+        weights = _launch_weights(grad.contiguous(), sums, rows.shape[1], largest)
         if cols is None:
             return _launch_grad(rows, rows, n, n, weights, weights, self_offset, *shared), None
         d_anchors = _launch_grad(rows, cols, n, m, weights, None, self_offset, *shared)
@@ -109,30 +110,30 @@ def _split_rows(x: Tensor, precision: str) -> Tensor:
 
 def _launch_lse(
     rows: Tensor, cols: Tensor, n: int, m: int, scale: Tensor, self_offset: int | None, unit: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     terms, _, features = rows.shape
     plan = forward_plan(_chip(rows.device), features, terms)
     blocks = -(-n // plan.block_m)
     splits, cols_per_split = _share(blocks, m, plan, _MOST_SPLITS, rows.device)
     lse = rows.new_empty(n, dtype=torch.float32)
-    out = lse if splits == 1 else lse.new_empty(splits, 2, n)
+    parts = lse.new_empty(splits, 2, n)
     for variant in _variants(scale, unit):
         _kernels().row_lse[blocks, splits](
-            rows, cols, out, _argument(scale), n, m, self_offset or 0, cols_per_split, rows.stride(0), cols.stride(0),
+            rows, cols, lse, parts, _argument(scale), n, m, self_offset or 0, cols_per_split,
+            rows.stride(0), cols.stride(0),
             plan.block_m, plan.block_n, plan.block_edge, plan.block_k, features, terms,
             HAS_SELF=self_offset is not None, PARTIAL=splits > 1, **variant, **_options(plan),
         )  # fmt: skip
-    if splits > 1:
-        _kernels().merge_lse[-(-n // _BLOCK),](out, lse, n, splits, _BLOCK)
-    return lse
+    if splits == 1:
+        return lse, parts[0]
+    sums = lse.new_empty(2, n)
+    _kernels().merge_lse[-(-n // _BLOCK),](parts, lse, sums, n, splits, _BLOCK)
+    return lse, sums
 
 
-def _launch_weights(grad: Tensor, lse: Tensor, padded: int, largest: Tensor, scale: Tensor, unit: bool) -> Tensor:
-    out = lse.new_empty(2, padded)
-    for variant in _variants(scale, unit):
-        _kernels().gradient_weights[padded // _BLOCK,](
-            grad, lse, largest, out, _argument(scale), len(lse), padded, _BLOCK, **variant
-        )
+def _launch_weights(grad: Tensor, sums: Tensor, padded: int, largest: Tensor) -> Tensor:
+    out = sums.new_empty(2, padded)
+    _kernels().gradient_weights[padded // _BLOCK,](grad, sums, largest, out, len(grad), padded, _BLOCK)
     return out
 
 
@@ -220,7 +221,7 @@ def _is_known(scale: Tensor) -> bool:
 
 
 def _variants(scale: Tensor, unit: bool) -> list[dict[str, bool]]:
-    """Kernels to launch: with one shift for all exponents, with a running maximum, or both and the device chooses."""
+    """Kernels to launch: without a shift of exponents, with a running maximum, or both and the device chooses."""
     if not unit:
         return [{"FIXED": False, "CHECK": False, "SCALE_ON_DEVICE": not _is_known(scale)}]
     if _is_known(scale):
@@ -229,10 +230,9 @@ def _variants(scale: Tensor, unit: bool) -> list[dict[str, bool]]:
 
 
 def _fits(scale: float) -> bool:
-    """Whether one shift suits all rows of unit length: `kernels._fits` on the host."""
+    """Whether exponentials of rows of unit length need no shift: `kernels._fits` on the host."""
     kernels = _kernels()
-    bound = scale * math.log2(math.e) * kernels.SLACK.value
-    return bool(-bound - max(bound - kernels.LARGEST.value, 0.0) >= kernels.SMALLEST.value)
+    return bool(scale * math.log2(math.e) * kernels.SLACK.value <= kernels.LARGEST.value)
 
 
 def _share(blocks: int, num_cols: int, plan: Plan, most: int, device: torch.device) -> tuple[int, int]:

@@ -8,9 +8,9 @@ A program owns BLOCK_M rows and walks over columns, BLOCK_N at a time. No two pr
 results do not vary from run to run. Tiles that hold self terms or padding are left out of the main loop, which is
 therefore free of masks; a second loop over narrower tiles, BLOCK_EDGE columns each, takes care of them.
 
-FIXED lowers all exponents by one constant, which suits rows of unit length unless the temperature is tiny. Otherwise
-each row keeps its running maximum. Where only the device knows the temperature both variants are launched (CHECK), and
-the one that does not apply returns at once.
+FIXED takes exponentials as they are, which suits rows of unit length unless the temperature is tiny. Otherwise each row
+keeps its running maximum. Where only the device knows the temperature both variants are launched (CHECK), and the one
+that does not apply returns at once.
 """
 
 import triton
@@ -23,11 +23,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 # of two rows is still far below the large end of float32.
 STRETCH = tl.constexpr(64.0)
 
-# Base-2 exponents: the largest that a term may have, which leaves room for sums, and the smallest, which leaves 24
-# bits below the largest term of a row before numbers become subnormal and are taken for zero.
-LARGEST = tl.constexpr(60.0)
-SMALLEST = tl.constexpr(-102.0)
-
+# Base-2 exponents, positive or negative, that FIXED takes. Sums of 2^27 such terms are still numbers, and the smallest
+# term keeps 24 bits above the subnormal numbers, which are taken for zero.
+LARGEST = tl.constexpr(100.0)
 SLACK = tl.constexpr(1.002)  # rows of unit length may be a little longer in fp16, and logits that much larger
 
 
@@ -56,21 +54,9 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _bound(scale):
-    """The largest base-2 logit of rows of unit length."""
-    return scale * (LOG2E * SLACK)
-
-
-@triton.jit
-def _shift(scale):
-    """The constant by which FIXED lowers exponents: zero while it can be, as subtracting a large one costs accuracy."""
-    return tl.maximum(_bound(scale) - LARGEST, 0.0)
-
-
-@triton.jit
 def _fits(scale):
-    """Whether FIXED applies."""
-    return -_bound(scale) - _shift(scale) >= SMALLEST
+    """Whether FIXED applies: no base-2 logit of rows of unit length is larger."""
+    return scale * (LOG2E * SLACK) <= LARGEST
 
 
 # ---- Rows and columns as the tensor cores take them ----
@@ -221,9 +207,9 @@ def _is_contrast(col, own, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, 
 
 @triton.jit
 def _add_exp(largest, total, tile, slope, inside, FIXED: tl.constexpr, MASK: tl.constexpr):
-    """Add the exponentials of a tile to `total`, the sum of each row over 2^largest."""
+    """Add the exponentials of a tile to `total`, the sum of each row over 2^largest; largest is zero where FIXED."""
     if FIXED:
-        terms = tl.exp2(tile * slope - largest[:, None])
+        terms = tl.exp2(tile * slope)
         if MASK:
             terms = tl.where(inside, terms, 0.0)
         return largest, total + tl.sum(terms, 1)
@@ -240,7 +226,8 @@ def _add_exp(largest, total, tile, slope, inside, FIXED: tl.constexpr, MASK: tl.
 def row_lse(
     ROWS,
     COLS,
-    OUT,
+    LSE,
+    SUMS,
     SCALE,
     num_rows,
     num_cols,
@@ -260,7 +247,7 @@ def row_lse(
     SCALE_ON_DEVICE: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """Log-sum-exp of each row; if PARTIAL, for `merge_lse`, what each split has for `largest` and `total`."""
+    """Log-sum-exp of each row, unless PARTIAL, and what it was made of: `largest` and `total` of each split."""
     scale = _number(SCALE, SCALE_ON_DEVICE)
     if CHECK:
         if _fits(scale) != FIXED:
@@ -272,7 +259,7 @@ def row_lse(
     row_pointers = _pointers(ROWS, first_row, BLOCK_M, BLOCK_K, WIDTH)
     rows, rows_low = _load(row_pointers, row_plane, TERMS)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    largest = total + (_shift(scale) if FIXED else -float("inf"))
+    largest = total + (0.0 if FIXED else -float("inf"))
     full, first_own, num_own = _edges(own, count, BLOCK_M, BLOCK_N, HAS_SELF)
 
     pointers = _pointers(COLS, start, BLOCK_N, BLOCK_K, WIDTH)
@@ -295,17 +282,16 @@ def row_lse(
         largest, total = _add_exp(largest, total, tile, slope, inside, FIXED, True)
 
     index = first_row + tl.arange(0, BLOCK_M)
-    if PARTIAL:
-        out = OUT + tl.program_id(1).to(tl.int64) * 2 * num_rows + index
-        tl.store(out, largest, mask=index < num_rows)
-        tl.store(out + num_rows, total, mask=index < num_rows)
-    else:
-        tl.store(OUT + index, (largest + tl.log2(total)) * LN2, mask=index < num_rows)
+    sums = SUMS + tl.program_id(1).to(tl.int64) * 2 * num_rows + index
+    tl.store(sums, largest, mask=index < num_rows)
+    tl.store(sums + num_rows, total, mask=index < num_rows)
+    if not PARTIAL:
+        tl.store(LSE + index, (largest + tl.log2(total)) * LN2, mask=index < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def merge_lse(PARTS, OUT, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Log-sum-exp of each row from what the splits of its columns found."""
+def merge_lse(PARTS, LSE, SUMS, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """What `row_lse` would have found in one go, from what it found in each split of the columns."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -318,48 +304,34 @@ def merge_lse(PARTS, OUT, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
         part = PARTS + split * 2 * num_rows + rows
         lowered = tl.load(part, mask=inside, other=0.0) - safe
         total += tl.load(part + num_rows, mask=inside, other=0.0) * tl.exp2(lowered)
-    tl.store(OUT + rows, (safe + tl.log2(total)) * LN2, mask=inside)
+    tl.store(SUMS + rows, safe, mask=inside)
+    tl.store(SUMS + num_rows + rows, total, mask=inside)
+    tl.store(LSE + rows, (safe + tl.log2(total)) * LN2, mask=inside)
 
 
 # ---- Gradient ----
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def gradient_weights(
-    GRAD,
-    LSE,
-    LARGEST_GRAD,
-    OUT,
-    SCALE,
-    num_rows,
-    padded,
-    BLOCK: tl.constexpr,
-    FIXED: tl.constexpr,
-    CHECK: tl.constexpr,
-    SCALE_ON_DEVICE: tl.constexpr,
-):
-    """Upstream gradient of each row over the sum of its exponentials, and the base-2 logarithm of that sum.
+def gradient_weights(GRAD, SUMS, LARGEST_GRAD, OUT, num_rows, padded, BLOCK: tl.constexpr):
+    """Upstream gradient of each row over the sum of its exponentials, and the exponent that these were lowered by.
 
-    g_i 2^{s_ij - lse_i} = weight_i 2^{s_ij - shift} where FIXED, and weight_i 2^{s_ij - lse_i} elsewhere. All weights
-    are multiplied by a power of two that keeps their products with softmax in the middle of fp16.
+    Their product with an exponential is softmax times upstream gradient. Not by way of the log-sum-exp, whose rounding
+    is not small where logits are large. All weights are multiplied by a power of two that brings such products to the
+    middle of fp16. For padding, weights are zero and exponentials vanish.
     """
-    scale = _number(SCALE, SCALE_ON_DEVICE)
-    if CHECK:
-        if _fits(scale) != FIXED:
-            return
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
+    largest = tl.load(SUMS + rows, mask=inside, other=float("inf"))
+    total = tl.load(SUMS + num_rows + rows, mask=inside, other=0.0)
     weight = tl.load(GRAD + rows, mask=inside, other=0.0) * _power_of_two(12 - _exponent(LARGEST_GRAD))
-    lse = tl.load(LSE + rows, mask=inside, other=float("inf")) * LOG2E
-    if FIXED:
-        weight *= tl.exp2(_shift(scale) - lse)
-    tl.store(OUT + rows, weight)
-    tl.store(OUT + padded + rows, lse)
+    tl.store(OUT + rows, tl.where(total == 0.0, 0.0, weight / total))
+    tl.store(OUT + padded + rows, largest)
 
 
 @triton.jit
 def _softmax_weights(
-    tile, slope, shift, row_weight, row_lse, COL_WEIGHTS, padded, col,
+    tile, slope, row_weight, row_largest, COL_WEIGHTS, padded, col,
     BLOCK_N: tl.constexpr, ROW_TERM: tl.constexpr, COL_TERM: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """What each column of the tile counts in the gradient of each row, from the rows' softmax and the columns' own."""
@@ -367,7 +339,7 @@ def _softmax_weights(
     if COL_TERM:
         col_weight = tl.load(COL_WEIGHTS + index)[None, :]
     if FIXED:
-        terms = tl.exp2(tile * slope - shift)
+        terms = tl.exp2(tile * slope)
         if ROW_TERM and COL_TERM:
             return terms * (row_weight + col_weight)
         elif ROW_TERM:
@@ -377,10 +349,10 @@ def _softmax_weights(
     else:
         tile *= slope
         if ROW_TERM and COL_TERM:
-            col_lse = tl.load(COL_WEIGHTS + padded + index)[None, :]
-            return row_weight * tl.exp2(tile - row_lse) + col_weight * tl.exp2(tile - col_lse)
+            col_largest = tl.load(COL_WEIGHTS + padded + index)[None, :]
+            return row_weight * tl.exp2(tile - row_largest) + col_weight * tl.exp2(tile - col_largest)
         elif ROW_TERM:
-            return row_weight * tl.exp2(tile - row_lse)
+            return row_weight * tl.exp2(tile - row_largest)
         else:
             return col_weight * tl.exp2(tile - tl.load(COL_WEIGHTS + padded + index)[None, :])
 
@@ -437,7 +409,6 @@ def row_lse_grad(
         if _fits(scale) != FIXED:
             return
     slope = scale * (LOG2E / (STRETCH * STRETCH))
-    shift = _shift(scale)
     first_row = tl.program_id(0) * BLOCK_M
     first_feature = tl.program_id(2) * BLOCK_OUT
     start, count = _split(num_cols, cols_per_split)
@@ -447,10 +418,10 @@ def row_lse_grad(
     index = first_row + tl.arange(0, BLOCK_M)
     if ROW_TERM:
         row_weight = tl.load(ROW_WEIGHTS + index)[:, None]
-        row_lse = tl.load(ROW_WEIGHTS + padded_rows + index)[:, None]
+        row_largest = tl.load(ROW_WEIGHTS + padded_rows + index)[:, None]
     else:
         row_weight = None
-        row_lse = None
+        row_largest = None
     COL_WEIGHTS += start
     total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     full, first_own, num_own = _edges(own, count, BLOCK_M, BLOCK_N, HAS_SELF)
@@ -465,7 +436,7 @@ def row_lse_grad(
             BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS,
         )  # fmt: skip
         weights = _softmax_weights(
-            tile, slope, shift, row_weight, row_lse, COL_WEIGHTS, padded_cols, col,
+            tile, slope, row_weight, row_largest, COL_WEIGHTS, padded_cols, col,
             BLOCK_N, ROW_TERM, COL_TERM, FIXED,
         )  # fmt: skip
         total = _add_weighted(total, weights, cols, cols_low, TERMS)
@@ -480,7 +451,7 @@ def row_lse_grad(
             BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS,
         )  # fmt: skip
         weights = _softmax_weights(
-            tile, slope, shift, row_weight, row_lse, COL_WEIGHTS, padded_cols, col,
+            tile, slope, row_weight, row_largest, COL_WEIGHTS, padded_cols, col,
             BLOCK_EDGE, ROW_TERM, COL_TERM, FIXED,
         )  # fmt: skip
         weights = tl.where(_is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF), weights, 0.0)
