@@ -1,35 +1,40 @@
-"""The label-weighted half of the loss: what pulls each anchor towards its positives, in O(N (C + 1) D) time and memory.
+"""The label-weighted half of the loss: what pulls each anchor towards its positives, in O(N (C + 1) D) time.
 
-For label similarity w, positives p_i and positive mass W_i are
+For rows z_i, label similarity w, positives p_i and positive mass W_i are
 
-    p_i = sum_{j != i} w_ij z_j,    W_i = sum_{j != i} w_ij.
+    p_i = sum_{j != i} w_ij z_j,    W_i = sum_{j != i} w_ij,
 
-Labels come in three kinds, each with its own sum; only explicit weights are N x N, as their owner made them. Each sum
-is multilinear, and its derivatives are the same sum with the arguments in other places: differentiable as often as
-wanted.
+and the loss needs z_i . p_i and W_i. Labels come in three kinds; only explicit weights are N x N, as their owner made
+them. For the two others all that is linear in the loss is one operator, normalisation included: features and labels go
+in, z, z . p and W come out. It keeps nothing but what it was given, holds p a few rows at a time, and its gradient
+takes that of z along: no two gradients of the size of the batch exist to be added.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genscl_loss._library import define_operator, has_fast_float64, matmul
+from genscl_loss._unit import inverse_lengths, unit_pair, unit_rows
 
-_CHUNK = 2**18  # float64 elements (2 MiB) that a sum holds beyond its arguments and result
+_CHUNK = 2**16  # elements of a part of p on CPU, where it stays in cache (512 KiB)
+_CHUNK_ELSEWHERE = 2**19  # where launches cost more
 _BLOCK = 128  # rows whose mutual similarities are formed where float64 is slow
+_ALL = slice(None)
 
 
 class ClassLabels(NamedTuple):
-    """Class numbers, w_ij = [anchors_i == contrasts_j]: (A,) and (M,), integers in [0, A + M)."""
+    """Classes, w_ij = [anchors_i == contrasts_j]: (A,) and (M,)."""
 
     anchors: Tensor
     contrasts: Tensor
+    are_numbers: bool = False  # integers in [0, A + M), not just anything that can be compared
 
 
 class VectorLabels(NamedTuple):
-    """Unit label vectors, w_ij = anchors_i . contrasts_j: (A, C) and (M, C)."""
+    """Label vectors, w_ij = anchors_i . contrasts_j / |anchors_i| |contrasts_j|: (A, C) and (M, C)."""
 
     anchors: Tensor
     contrasts: Tensor
@@ -49,7 +54,9 @@ def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtyp
     if isinstance(labels, ClassLabels):
         weights = (labels.anchors[:, None] == labels.contrasts).to(dtype)
     elif isinstance(labels, VectorLabels):
-        weights = matmul(labels.anchors, labels.contrasts.T).to(dtype)
+        left = unit_rows(labels.anchors)
+        right = left if labels.contrasts is labels.anchors else unit_rows(labels.contrasts)
+        weights = matmul(left, right.T).to(dtype)
     else:
         weights = labels.weights.to(dtype, copy=True)
     if self_offset is not None:
@@ -57,99 +64,184 @@ def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtyp
     return weights
 
 
-def attract(anchors: Tensor, contrasts: Tensor, labels: Labels, self_offset: int | None) -> tuple[Tensor, Tensor]:
-    """How similar each anchor is to its positives, and how many it has.
+class Pull(NamedTuple):
+    """Unit rows, how similar each anchor is to its positives, and how many it has."""
+
+    anchors: Tensor  # (A, D)
+    contrasts: Tensor | None  # (M, D)
+    attraction: Tensor  # z_i . p_i, (A,)
+    mass: Tensor  # W_i, (A,)
+
+
+def attract(
+    anchors: Tensor, contrasts: Tensor | None, labels: Labels, self_offset: int | None, *, normalize: bool
+) -> Pull:
+    """Normalise, and compare each anchor with its positives.
 
     Args:
         anchors: (A, D).
-        contrasts: (M, D).
+        contrasts: (M, D); None: the anchors themselves, each but for itself.
         labels: What makes positives.
         self_offset: anchor i is contrast i + self_offset and not its own positive; None if no anchor is a contrast.
-
-    Returns:
-        z_i . p_i and W_i, both (A,).
+        normalize: Whether rows are to be scaled to unit length.
     """
-    if isinstance(labels, ClassLabels):
-        positives, mass = _class_sum(labels.anchors, labels.contrasts, contrasts, self_offset)
-    elif isinstance(labels, VectorLabels):
-        positives, mass = _vector_sum(labels.anchors, labels.contrasts, contrasts, self_offset)
+    if isinstance(labels, Similarity):
+        z, others = unit_pair(anchors, contrasts, normalize)
+        weights = similarity_matrix(labels, self_offset, z.dtype)
+        return Pull(z, others, (z * matmul(weights, z if others is None else others)).sum(1), weights.sum(1))
+    a, b = labels if isinstance(labels, VectorLabels) else _class_numbers(labels)
+    right = None if contrasts is None else b
+    factors = [_factor(x) if normalize else None for x in (anchors, contrasts)] + [_factor(y) for y in (a, right)]
+    z, copy, attraction, mass = _attract(anchors, contrasts, a, right, *factors, self_offset)
+    if a.requires_grad or b.requires_grad:  # rows apart from labels: no derivative of labels then passes through rows
+        return Pull(*unit_pair(anchors, contrasts, normalize), attraction, mass)
+    others = None if contrasts is None else copy
+    return Pull(z, others, attraction, mass.detach())  # spares the backward pass a few small operations
+
+
+def _factor(rows: Tensor | None) -> Tensor | None:
+    """What makes rows unit rows; class numbers have none. The operator knows its derivative."""
+    return None if rows is None or rows.dim() == 1 else inverse_lengths(rows.detach())
+
+
+def _class_numbers(labels: ClassLabels) -> tuple[Tensor, Tensor]:
+    """Number the classes from zero. By sorting: `torch.unique` would make the host wait for a device."""
+    a, b, are_numbers = labels
+    if are_numbers:
+        return a, b
+    values, order = (a if a is b else torch.cat([a, b])).sort()
+    number = torch.zeros_like(order).scatter_(0, order[1:], (values[1:] != values[:-1]).cumsum(0))
+    return number[: a.shape[0]], number[number.shape[0] - b.shape[0] :]
+
+
+# ---- p, a part at a time ----
+
+Entries = Callable[[slice, slice], Tensor]  # some rows and columns of a matrix that need not exist as a whole
+
+
+class _Side(NamedTuple):
+    """Labels of all anchors or all contrasts: vectors, or class numbers, which stand for one-hot vectors."""
+
+    entries: Entries  # (size, width), or (size,) for class numbers, whatever the columns asked for
+    size: int
+    width: int
+    device: torch.device
+    are_classes: bool = False
+
+
+def _sides(
+    a: Tensor, b: Tensor | None, a_factor: Tensor | None, b_factor: Tensor | None, dtype: torch.dtype
+) -> tuple[_Side, _Side]:
+    given = [(a, a_factor)] if b is None else [(a, a_factor), (b, b_factor)]
+    if a.dim() == 2:
+        sides = [_Side(_entries(y, factor, dtype), y.shape[0], y.shape[1], y.device) for y, factor in given]
+        return sides[0], sides[-1]
+    # One more than the largest; off the CPU, where reading it would wait, as many as there could be.
+    width = 1 + max(int(y.max()) for y, _ in given) if a.device.type == "cpu" else sum(len(y) for y, _ in given)
+    sides = [_Side(lambda rows, _, y=y: y[rows], len(y), width, y.device, are_classes=True) for y, _ in given]  # type: ignore[misc]
+    return sides[0], sides[-1]
+
+
+def _entries(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Entries:
+    """Rows of x, (n, d), multiplied by a factor of each if there is one, (n, 1)."""
+    if factor is None:
+        return _remember(lambda rows, cols: x[rows, cols].to(dtype))
+    factor = factor.to(dtype)
+    return _remember(lambda rows, cols: x[rows, cols] * factor[rows])
+
+
+def _remember(make: Entries) -> Entries:
+    """The same entries, but not made again if asked for twice in a row."""
+    last: list[Any] = [None, None]
+
+    def entries(rows: slice, cols: slice) -> Tensor:
+        if last[0] != (rows, cols):
+            last[1] = None  # its memory is free for the next
+            last[:] = (rows, cols), make(rows, cols)
+        result: Tensor = last[1]
+        return result
+
+    return entries
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if has_fast_float64(x.device) else x.dtype
+
+
+def _sums(
+    a: _Side, b: _Side, x: Entries, num_columns: int, self_offset: int | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (rows, cols, sums), parts of sum_{j != i} w_ij x_j over contrasts j, for all anchors i.
+
+    That is a_i^T (sum_j b_j x_j^T) less the self term. In float64, because for sharp labels of many classes almost
+    nothing is left after the subtraction: in float32 what is left is rounding error (up to 3e2 in the loss).
+    """
+    if not b.are_classes and not has_fast_float64(b.device):
+        all_a, all_b = slice(0, a.size), slice(0, b.size)
+        yield all_a, _ALL, _sums_by_blocks(a.entries(all_a, _ALL), b.entries(all_b, _ALL), x(all_b, _ALL), self_offset)
+        return
+    # There may be as many classes as rows: then a few columns at a time.
+    for cols in _slices(num_columns, _chunk(b.width, b.device) if b.are_classes else num_columns):
+        step = _chunk(cols.stop - cols.start + (0 if b.are_classes else b.width), b.device)
+        for rows in _slices(b.size, step):
+            part = x(rows, cols)
+            if rows.start == 0:
+                total = part.new_zeros(b.width, part.shape[1])
+            _add_by_label(total, b.entries(rows, _ALL), part)
+        for rows in _slices(a.size, step):
+            left = a.entries(rows, _ALL)
+            sums = total.index_select(0, left) if b.are_classes else left @ total
+            selves, own = _self_rows(rows, b.size, self_offset)
+            if own.start < own.stop:
+                left, right = left[selves], b.entries(own, _ALL)
+                weight = (left == right)[:, None] if b.are_classes else (left * right).sum(1, keepdim=True)
+                sums[selves].addcmul_(weight, x(own, cols), value=-1)
+            yield rows, cols, sums
+
+
+def _chunk(size: int, device: torch.device) -> int:
+    """Rows of this size that make a chunk."""
+    return max(1, (_CHUNK if device.type == "cpu" else _CHUNK_ELSEWHERE) // size)
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    """At least one slice, which may be empty."""
+    for first in range(0, max(1, size), step):
+        yield slice(first, min(first + step, size))
+
+
+def _add_by_label(total: Tensor, labels: Tensor, rows: Tensor) -> None:
+    """Add labels^T rows to total, in an order that does not vary from run to run."""
+    if labels.dim() == 2:
+        total.addmm_(labels.T, rows)
+    elif total.is_cuda:
+        total.index_put_((labels,), rows, accumulate=True)  # sorts; index_add_ uses atomics there
     else:
-        weights = similarity_matrix(labels, self_offset, contrasts.dtype)
-        positives, mass = matmul(weights, contrasts), weights.sum(1)
-    if not any(tensor.requires_grad for tensor in labels):
-        mass = mass.detach()  # spares the usual case a dozen small operations in the backward pass
-    return (anchors * positives).sum(1), mass
+        total.index_add_(0, labels, rows)
 
 
-def _reverse(self_offset: int | None) -> int | None:
-    return None if self_offset is None else -self_offset
-
-
-def _self_rows(num_anchors: int, num_contrasts: int, self_offset: int | None) -> tuple[slice, slice]:
-    """Rows of anchors that are contrasts, and rows of contrasts that they are."""
+def _self_rows(rows: slice, num_contrasts: int, self_offset: int | None) -> tuple[slice, slice]:
+    """Which of some anchors are contrasts, counted from the first of them, and which contrasts they are."""
     if self_offset is None:
         return slice(0, 0), slice(0, 0)
-    first = max(0, -self_offset)
-    stop = max(first, min(num_anchors, num_contrasts - self_offset))
-    return slice(first, stop), slice(first + self_offset, stop + self_offset)
+    first = max(rows.start, -self_offset)
+    stop = max(first, min(rows.stop, num_contrasts - self_offset))
+    return slice(first - rows.start, stop - rows.start), slice(first + self_offset, stop + self_offset)
 
 
-def _chunks(num_rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
-    """Rows a few at a time on CPU, where chunks stay in cache; all at once elsewhere, where launches cost more."""
-    step = max(1, _CHUNK // row_size) if device.type == "cpu" else num_rows
-    for first in range(0, num_rows, max(1, step)):
-        yield slice(first, min(first + step, num_rows))
-
-
-# Label vectors: p_i = sum_j (a_i . b_j) x_j = (B^T X)^T a_i and W_i = (B^T 1) . a_i, less the self term.
-
-
-def _vector_sum_kernel(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) -> tuple[Tensor, Tensor]:
-    summands = torch.cat([x, x.new_ones(x.shape[0], 1)], 1)  # the mass comes out beside the positives
-    compute = _vector_sum_float64 if has_fast_float64(x.device) else _vector_sum_blocks
-    sums = compute(a, b, summands, self_offset)
-    return sums[:, :-1].contiguous(), sums[:, -1].contiguous()
-
-
-def _vector_sum_float64(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) -> Tensor:
-    """Over all contrasts, then without the self term.
-
-    In float64, because for sharp labels of many classes almost nothing is left after the subtraction: in float32 what
-    is left is rounding error (up to 3e2 in the loss).
-    """
-    total = x.new_zeros(b.shape[1], x.shape[1], dtype=torch.float64)
-    row_size = b.shape[1] + x.shape[1]
-    for rows in _chunks(b.shape[0], row_size, x.device):
-        total.addmm_(b[rows].double().T, x[rows].double())
-    out = x.new_empty(a.shape[0], x.shape[1])
-    selves, own = _self_rows(a.shape[0], b.shape[0], self_offset)
-    for rows in _chunks(a.shape[0], row_size, x.device):
-        left = a[rows].double()
-        sums = left @ total
-        first, stop = max(rows.start, selves.start), min(rows.stop, selves.stop)
-        if first < stop:
-            here = slice(first - rows.start, stop - rows.start)
-            there = slice(first - selves.start + own.start, stop - selves.start + own.start)
-            weight = (left[here] * b[there]).sum(1, keepdim=True)
-            sums[here].addcmul_(weight, x[there].double(), value=-1)
-        out[rows] = sums
-    return out
-
-
-def _vector_sum_blocks(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) -> Tensor:
-    """Without subtracting anything, so that float32 suffices.
+def _sums_by_blocks(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) -> Tensor:
+    """sum_{j != i} (a_i . b_j) x_j without subtracting anything, so that float32 suffices.
 
     All other blocks of contrasts enter through their sums, the block that holds the self term through its similarities,
     with a zero in the self place. Memory (M / block) C D.
     """
-    (m, c), d, dtype = b.shape, x.shape[1], x.dtype
-    a, b = a.to(dtype), b.to(dtype)
+    (m, c), d = b.shape, x.shape[1]
     pad = -m % _BLOCK
     b_blocks = torch.nn.functional.pad(b, (0, 0, 0, pad)).view(-1, _BLOCK, c)
     x_blocks = torch.nn.functional.pad(x, (0, 0, 0, pad)).view(-1, _BLOCK, d)
     blocks = b_blocks.transpose(1, 2) @ x_blocks
     out = a @ blocks.sum(0)
-    selves, own = _self_rows(a.shape[0], m, self_offset)
+    selves, own = _self_rows(slice(0, a.shape[0]), m, self_offset)
     if selves.start == selves.stop:
         return out
     none = torch.zeros_like(blocks[:1])
@@ -164,78 +256,209 @@ def _vector_sum_blocks(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None)
     return out
 
 
-def _vector_sum_derivative(ctx: Any, grad: Tensor | None, grad_mass: Tensor | None) -> tuple[Tensor | None, ...]:
-    a, b, x = ctx.saved_tensors
-    reverse = _reverse(ctx.self_offset)
-    need_a, need_b, need_x, _ = ctx.needs_input_grad
-    if grad is None:
-        grad = x.new_zeros(a.shape[0], x.shape[1])
-    d_a = d_b = None
-    if need_a or need_b:  # p and W together are one sum of x with a last column of ones
-        ones = x.new_ones(x.shape[0], 1)
-        grad_ones = x.new_zeros(a.shape[0]) if grad_mass is None else grad_mass
-        left, right = torch.cat([grad, grad_ones[:, None]], 1), torch.cat([x, ones], 1)
-        d_a = _vector_sum(left, right, b, ctx.self_offset)[0] if need_a else None
-        d_b = _vector_sum(right, left, a, reverse)[0] if need_b else None
-    return d_a, d_b, _vector_sum(b, a, grad, reverse)[0] if need_x else None, None
+# ---- The operator ----
 
 
-# Classes: sums and counts by class, less the self term.
+def _kernel(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    factor: Tensor | None,
+    contrast_factor: Tensor | None,
+    a_factor: Tensor | None,
+    b_factor: Tensor | None,
+    self_offset: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of anchors and contrasts, times their factors (no contrasts if they are the anchors), z . p and W."""
+    z = (anchors.clone() if factor is None else anchors * factor).contiguous()
+    others = z
+    if contrasts is not None:
+        others = (contrasts.clone() if contrast_factor is None else contrasts * contrast_factor).contiguous()
+    dtype = _sum_dtype(z)
+    attraction, mass = z.new_zeros(z.shape[0], dtype=dtype), z.new_empty(z.shape[0])
+    with_one = _remember(lambda rows, cols: _with_one(others[rows, cols], dtype))
+    for rows, cols, sums in _sums(*_sides(a, b, a_factor, b_factor, dtype), with_one, z.shape[1], self_offset):
+        attraction[rows].add_((sums[:, :-1] * z[rows, cols]).sum(1))
+        mass[rows] = sums[:, -1]
+    return z, z.new_empty(0) if contrasts is None else others, attraction.to(z.dtype), mass
 
 
-def _class_sum_kernel(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) -> tuple[Tensor, Tensor]:
-    # In float64 sums over large classes stay exact; counts are exact in either.
-    dtype = torch.float64 if has_fast_float64(x.device) else x.dtype
-    summands = torch.cat([x, x.new_ones(x.shape[0], 1)], 1)
-    # One row for each class; off the CPU, where counting them would wait, one for each class that there could be.
-    num_classes = 1 + max(int(a.max()), int(b.max())) if a.device.type == "cpu" else a.shape[0] + b.shape[0]
-    total = x.new_zeros(num_classes, summands.shape[1], dtype=dtype)
-    for rows in _chunks(b.shape[0], x.shape[1], x.device):
-        _add_rows(total, b[rows], summands[rows].to(dtype))
-    sums = x.new_empty(a.shape[0], summands.shape[1])
-    for rows in _chunks(a.shape[0], x.shape[1], x.device):
-        sums[rows] = total.index_select(0, a[rows]).to(x.dtype)
-    selves, own = _self_rows(a.shape[0], b.shape[0], self_offset)
-    sums[selves] -= summands[own] * (a[selves] == b[own])[:, None]
-    return sums[:, :-1].contiguous(), sums[:, -1].contiguous()
+def _grad_kernel(
+    grad: Tensor,
+    grad_mass: Tensor | None,
+    grad_anchors: Tensor | None,
+    grad_contrasts: Tensor | None,
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    factor: Tensor | None,
+    contrast_factor: Tensor | None,
+    a_factor: Tensor | None,
+    b_factor: Tensor | None,
+    self_offset: int | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of anchors, contrasts and their labels; empty where not wanted."""
+    dtype, num_columns = _sum_dtype(anchors), anchors.shape[1]
+    reverse = None if self_offset is None else -self_offset
+    left, right = _sides(a, b, a_factor, b_factor, dtype)
+    z = _entries(anchors, factor, dtype)
+    others = z if contrasts is None else _entries(contrasts, contrast_factor, dtype)
+    u = grad.to(dtype)[:, None]
+    weighted = _remember(lambda rows, cols: z(rows, cols) * u[rows])
+    results = [anchors.new_empty(0) for _ in wanted]
+
+    if wanted[0] and contrasts is None:
+        u_and_one = _with_one(u, dtype)[:, :, None]
+        both = _remember(lambda rows, cols: (z(rows, cols)[:, None] * u_and_one[rows]).flatten(1))
+        sums = _sums(left, left, both, num_columns, self_offset)
+        parts = ((rows, cols, _as_both(part, u[rows])) for rows, cols, part in sums)
+        results[0] = _gather(parts, grad_anchors, anchors, factor)
+    elif wanted[0]:
+        sums = _sums(left, right, others, num_columns, self_offset)
+        parts = ((rows, cols, part * u[rows]) for rows, cols, part in sums)
+        results[0] = _gather(parts, grad_anchors, anchors, factor)
+    if wanted[1] and contrasts is not None:
+        sums = _sums(right, left, weighted, num_columns, reverse)
+        results[1] = _gather(sums, grad_contrasts, contrasts, contrast_factor)
+    if wanted[2] or wanted[3]:
+        v = torch.zeros_like(u) if grad_mass is None else grad_mass.to(dtype)[:, None]
+        up = left._replace(entries=lambda rows, _: torch.cat([weighted(rows, _ALL), v[rows]], 1), width=num_columns + 1)
+        down = right._replace(entries=lambda rows, _: _with_one(others(rows, _ALL), dtype), width=num_columns + 1)
+        # Labels in the place of rows, and rows in that of labels.
+        pull, back = (
+            _sums(up, down, right.entries, right.width, self_offset),
+            _sums(down, up, left.entries, left.width, reverse),
+        )
+        if wanted[2]:
+            results[2] = _gather(pull, None, a, a_factor)
+        if wanted[2] and b is None:
+            results[2] += _gather(back, None, a, a_factor)
+        if wanted[3] and b is not None:
+            results[3] = _gather(back, None, b, b_factor)
+    return results[0], results[1], results[2], results[3]
 
 
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """total[index] += rows, in an order that does not vary from run to run."""
-    if total.is_cuda:
-        total.index_put_((index,), rows, accumulate=True)  # sorts; index_add_ uses atomics there
-    else:
-        total.index_add_(0, index, rows)
+def _with_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A last column of ones, beside which sums of rows have sums of weights."""
+    out = rows.new_ones(rows.shape[0], rows.shape[1] + 1, dtype=dtype)
+    out[:, :-1] = rows
+    return out
 
 
-def _class_sum_derivative(ctx: Any, grad: Tensor | None, grad_mass: Tensor | None) -> tuple[Tensor | None, ...]:
-    a, b, _ = ctx.saved_tensors
-    return None, None, None if grad is None else _class_sum(b, a, grad, _reverse(ctx.self_offset))[0], None
+def _as_both(sums: Tensor, u: Tensor) -> Tensor:
+    """sum_j w_ij u_j z_j + u_i sum_j w_ij z_j from both sums: what row i is given as a contrast and as an anchor."""
+    as_contrast, as_anchor = sums.tensor_split(2, dim=1)
+    return as_contrast.addcmul_(as_anchor, u)
 
 
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, x, ctx.self_offset = inputs
-    ctx.save_for_backward(a, b, x)
+def _gather(
+    parts: Iterator[tuple[slice, slice, Tensor]], upstream: Tensor | None, x: Tensor, factor: Tensor | None
+) -> Tensor:
+    """The gradient of x from parts of that of its rows times their factor, and from what else there is of it."""
+    out = x.new_empty(x.shape)
+    for rows, cols, part in parts:
+        if upstream is None:
+            out[rows, cols] = part
+        else:
+            torch.add(part, upstream[rows, cols], out=out[rows, cols])
+    if factor is not None:  # z = x / |x|, so d_x = (d_z - z (z . d_z)) / |x|
+        for rows in _slices(len(x), _chunk(x.shape[1], x.device)):
+            z, dz = x[rows] * factor[rows], out[rows]
+            dz.addcmul_(z, (z * dz).sum(1, keepdim=True), value=-1).mul_(factor[rows])
+    return out
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.self_offset = inputs
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _empty_sum(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(a.shape[0], x.shape[1]), x.new_empty(a.shape[0])
+def _backward(
+    ctx: Any, grad_anchors: Tensor | None, grad_contrasts: Tensor | None, grad: Tensor | None, grad_mass: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    anchors, *others = ctx.saved_tensors
+    if grad is None:
+        grad = anchors.new_zeros(anchors.shape[0])
+    wanted = list(ctx.needs_input_grad[:4])
+    results = _attract_grad(grad, grad_mass, grad_anchors, grad_contrasts, anchors, *others, ctx.self_offset, wanted)
+    return *(result if want else None for result, want in zip(results, wanted, strict=True)), *[None] * 5
 
 
-_vector_sum = define_operator(
-    "vector_sum",
-    "(Tensor a, Tensor b, Tensor x, SymInt? self_offset) -> (Tensor, Tensor)",
-    kernel=_vector_sum_kernel,
-    fake=_empty_sum,
-    setup_context=_save_sum,
-    backward=_vector_sum_derivative,
+def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.self_offset, ctx.wanted = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _grad_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Second derivatives: those of the forward kernel, which is made of torch operations."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: derivatives are to stop here, also where one of these tensors was computed from another.
+        inputs: list[Any] = [x if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        grad, grad_mass, *grad_rows = inputs[:4]
+        given = inputs[4:8]
+        factors = (None if old is None else inverse_lengths(x) for x, old in zip(given, inputs[8:], strict=True))
+        outputs = _kernel(*(*given, *factors, ctx.self_offset))
+        first = _derivative(outputs, (*grad_rows, grad, grad_mass), given, create_graph=True)
+    wanted = [g if want else None for g, want in zip(grads, ctx.wanted, strict=True)]
+    return *_derivative(first, wanted, inputs[:8], create_graph=again), *[None] * 6
+
+
+def _derivative(
+    outputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    *,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Gradients of those inputs that have one."""
+    pairs = zip(outputs, grads, strict=True)
+    ends = [(y, g) for y, g in pairs if y is not None and y.requires_grad and g is not None]
+    starts = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if ends and starts:
+        ys, gs = zip(*ends, strict=True)
+        wrt: list[Any] = [inputs[i] for i in starts]
+        result = torch.autograd.grad(ys, wrt, gs, create_graph=create_graph, allow_unused=True)
+        for i, gradient in zip(starts, result, strict=True):
+            found[i] = gradient
+    return found
+
+
+def _fake(anchors: Tensor, contrasts: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    per_anchor = anchors.new_empty(anchors.shape[0])
+    others = anchors.new_empty(0 if contrasts is None else contrasts.shape)
+    return anchors.new_empty(anchors.shape), others, per_anchor, torch.empty_like(per_anchor)
+
+
+def _grad_fake(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    given = zip(rest[3:7], rest[-1], strict=True)
+    return tuple(grad.new_empty(0) if x is None or not want else x.new_empty(x.shape) for x, want in given)
+
+
+_ARGUMENTS = (
+    "Tensor anchors, Tensor? contrasts, Tensor a, Tensor? b, Tensor? factor, Tensor? contrast_factor, "
+    "Tensor? a_factor, Tensor? b_factor, SymInt? self_offset"
 )
-_class_sum = define_operator(
-    "class_sum",
-    "(Tensor a, Tensor b, Tensor x, SymInt? self_offset) -> (Tensor, Tensor)",
-    kernel=_class_sum_kernel,
-    fake=_empty_sum,
-    setup_context=_save_sum,
-    backward=_class_sum_derivative,
+_attract = define_operator(
+    "attract",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_kernel,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_attract_grad = define_operator(
+    "attract_grad",
+    "(Tensor grad, Tensor? grad_mass, Tensor? grad_anchors, Tensor? grad_contrasts, "
+    f"{_ARGUMENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_grad_kernel,
+    fake=_grad_fake,
+    setup_context=_grad_setup_context,
+    backward=_grad_backward,
 )

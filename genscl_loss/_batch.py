@@ -19,14 +19,14 @@ CONTRAST_MODES = ("all", "one", "first")
 class Batch(NamedTuple):
     """Anchors, what they are contrasted with, and what makes positives."""
 
-    anchors: Tensor  # (A, D), float32 or float64, of unit length if asked for
+    anchors: Tensor  # (A, D), float32 or float64
     contrasts: Tensor | None  # (M, D); None: the anchors themselves
     # Anchor i is contrast i + self_offset; None: no anchor is a contrast. 0 while all contrasts are of one process.
     self_offset: int | None
     labels: Labels
     teacher_labels: Labels | None
     sample_weight: Tensor | None  # (A,)
-    unit: bool  # no row is longer than one
+    normalize: bool  # rows are to be scaled to unit length
     half: bool  # the features were given in half precision
 
     @property
@@ -70,7 +70,7 @@ def make_batch(
             raise ValueError("teacher_labels must be label vectors, (N, C), (N, V, C) or V of (N, C); got classes")
     elif contrast_teacher_labels is not None:
         raise ValueError("teacher_labels is missing: contrast_teacher_labels came without it")
-    anchors, contrasts = views.rows(normalize)
+    anchors, contrasts = views.rows()
     weight = _sample_weight(sample_weight, views)
     return Batch(anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.are_half)
 
@@ -144,32 +144,19 @@ class _Views(NamedTuple):
     def contrast_rows(self, per_view: Sequence[Tensor]) -> Tensor:
         return _stack(per_view[self.contrast_views])
 
-    def rows(self, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    def rows(self) -> tuple[Tensor, Tensor | None]:
         """Anchors and contrasts (None for a self-contrast) in the dtype of the computation."""
-        rows = self._finish("features", _stack(self.features), normalize)
+        rows = self._finish("features", _stack(self.features))
         if self.contrast_features is not None:
-            return rows, self._finish("contrast_features", self.contrast_features, normalize)
+            return rows, self._finish("contrast_features", self.contrast_features)
         if self.are_self_contrast:
             return rows, None
         first = self.contrast_views.start * self.num_samples
         return rows[: self.num_anchors], rows[first:]
 
-    def _finish(self, name: str, rows: Tensor, normalize: bool) -> Tensor:
+    def _finish(self, name: str, rows: Tensor) -> Tensor:
         check_values(name, rows, signed=True, only_if_asked=True)  # NaN in the loss is what gradient scalers look for
-        rows = rows.to(self.dtype)
-        return unit_rows(rows) if normalize else rows
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Scale each row to length one; a row of zeros stays as it is, with a gradient as of length one.
-
-    A row is as good as zeros below a length of 1e-18, where squares in float32 lose their digits.
-    """
-    length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    constant = length.detach()
-    # One where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for zeros.
-    correction = (constant - constant).add_(constant < 1e-18)
-    return rows / (length + correction)
+        return rows.to(self.dtype)
 
 
 def _stack(views: Sequence[Tensor]) -> Tensor:
@@ -214,7 +201,7 @@ def _labels(
     contrast_labels: Tensor | None,
     views: _Views,
 ) -> Labels:
-    """Classes or unit label vectors of anchors and contrasts."""
+    """Classes or label vectors of anchors and contrasts."""
     if (labels is None) != (contrast_labels is None) and views.contrast_features is not None:
         missing, given = (name, contrast_name) if labels is None else (contrast_name, name)
         raise ValueError(f"{missing} is missing: with contrast_features, {name} and {contrast_name} come together")
@@ -229,11 +216,12 @@ def _labels(
     else:
         contrasts = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
     if anchors.dim() == 1:
-        return _classes(anchors, contrasts)
+        left = anchors.detach()
+        return ClassLabels(left, left if contrasts is anchors else contrasts.detach())
     is_double = torch.float64 in (views.dtype, anchors.dtype, contrasts.dtype)
     dtype = torch.float64 if is_double else torch.float32
-    left = unit_rows(anchors.to(dtype))
-    return VectorLabels(left, left if contrasts is anchors else unit_rows(contrasts.to(dtype)))
+    left = anchors.to(dtype)
+    return VectorLabels(left, left if contrasts is anchors else contrasts.to(dtype))
 
 
 def _paired_views(views: _Views) -> ClassLabels:
@@ -251,7 +239,9 @@ def _paired_views(views: _Views) -> ClassLabels:
         )
     sample = torch.arange(views.num_samples, device=views.device)
     anchors = sample.repeat(views.num_anchor_views)
-    return ClassLabels(anchors, sample.repeat(views.num_contrast_rows // views.num_samples))
+    if views.are_self_contrast:
+        return ClassLabels(anchors, anchors, are_numbers=True)
+    return ClassLabels(anchors, sample.repeat(views.num_contrast_rows // views.num_samples), are_numbers=True)
 
 
 def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -> Sequence[Tensor]:
@@ -325,18 +315,6 @@ def _check_contrast_labels(
     if labels.dim() == 1 and labels.dtype != anchors.dtype:
         raise TypeError(f"{name} must have the dtype of {anchor_name}, {anchors.dtype}; got {labels.dtype}")
     return labels
-
-
-def _classes(anchors: Tensor, contrasts: Tensor) -> ClassLabels:
-    """Number the distinct values. By sorting: `torch.unique` would make the host wait for a device."""
-    together = anchors if contrasts is anchors else torch.cat([anchors, contrasts])
-    values, order = together.detach().sort()
-    is_new = torch.ones_like(order)
-    is_new[1:] = values[1:] != values[:-1]
-    number = torch.empty_like(order).scatter_(0, order, is_new.cumsum(0) - 1)
-    if contrasts is anchors:
-        return ClassLabels(number, number)
-    return ClassLabels(number[: anchors.shape[0]], number[anchors.shape[0] :])
 
 
 def _similarity(weights: Tensor, views: _Views) -> Similarity:

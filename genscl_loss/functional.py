@@ -10,6 +10,7 @@ from genscl_loss._attract import attract, similarity_matrix
 from genscl_loss._backends import BACKENDS, available_backends, choose, dense, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_choice, check_number, check_values, validate
+from genscl_loss._unit import unit_pair
 
 __all__ = ["available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
 
@@ -130,9 +131,7 @@ def gen_supcon_loss(
     teacher_weight = check_number("teacher_weight", teacher_weight)
     scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
     terms = [
-        _reduce(
-            likelihood * ((mass + _EPS).reciprocal() * -factor), mass, batch.sample_weight, reduction, empty_anchors
-        )
+        _reduce(likelihood / (mass + _EPS), mass, batch.sample_weight, -factor, reduction, empty_anchors)
         for likelihood, mass in _log_likelihoods(batch, scale, backend)
     ]
     return terms[0] if batch.teacher_labels is None else terms[0] + teacher_weight * terms[1]
@@ -185,41 +184,48 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     all_labels = [batch.labels] if batch.teacher_labels is None else [batch.labels, batch.teacher_labels]
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
     backend = choose(backend, anchors, batch.num_contrasts)
-    if batch.num_contrasts == 0:  # 0 with a zero gradient, except that what is NaN stays NaN
-        zero = anchors.sum(1) * scale * 0
-        return [(zero, zero.detach())] * len(all_labels)
-    others = anchors if contrasts is None else contrasts
-    if backend == "dense":
-        log_p = dense.log_softmax(anchors, others, scale, self_offset)
+    if backend == "dense" or batch.num_contrasts == 0:
+        z, others = unit_pair(anchors, contrasts, batch.normalize)
+        if batch.num_contrasts == 0:  # 0 with a zero gradient, except that what is NaN stays NaN
+            zero = z.sum(1) * scale * 0
+            return [(zero, zero.detach())] * len(all_labels)
+        log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
         return [
             dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype)) for labels in all_labels
         ]
+    pulls = [attract(anchors, contrasts, labels, self_offset, normalize=batch.normalize) for labels in all_labels]
     precision = "high" if batch.half else float32_precision()
-    lse = row_lse(anchors, contrasts, scale, self_offset, unit=batch.unit, precision=precision, backend=backend)
-    likelihoods = []
-    for labels in all_labels:  # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix
-        attraction, mass = attract(anchors, others, labels, self_offset)
-        likelihoods.append((attraction * scale - mass * lse, mass))
-    return likelihoods
+    z, others = pulls[0][:2]
+    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=precision, backend=backend)
+    # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
+    return [(torch.addcmul(pull.attraction * scale, pull.mass, lse, value=-1), pull.mass) for pull in pulls]
 
 
-def _reduce(loss: Tensor, mass: Tensor, sample_weight: Tensor | None, reduction: str, empty_anchors: str) -> Tensor:
-    """Weigh the anchors, and reduce over those that count."""
+def _reduce(
+    loss: Tensor,
+    mass: Tensor,
+    sample_weight: Tensor | None,
+    factor: float | Tensor,
+    reduction: str,
+    empty_anchors: str,
+) -> Tensor:
+    """Weigh the anchors, reduce over those that count, and multiply what is then fewest by the factor."""
     weight = None if sample_weight is None else sample_weight.to(loss.dtype)
     if weight is not None:
         loss = loss * weight
     if reduction == "none":
-        return loss
+        return loss * factor
     if reduction == "mean" and empty_anchors == "ignore":
         counts = (mass.detach() > _EPS).to(loss.dtype)
         loss = loss * counts  # a product, not a choice: what is NaN stays NaN
         weight = counts if weight is None else weight * counts
+    total = loss.sum()
     if reduction == "sum":
-        return loss.sum()
+        return total * factor
     if weight is None:
-        return loss.mean()
-    total = weight.sum()
-    return loss.sum() / torch.where(total > 0, total, 1)
+        return total * (factor / loss.shape[0])
+    weights = weight.sum()
+    return total * factor / torch.where(weights > 0, weights, 1)
 
 
 def _scale_and_factor(

@@ -17,10 +17,10 @@ ROOT = Path(genscl_loss.__file__).parent
 ARROWS = {
     "genscl_loss": {"module", "functional", "labels"},
     "module": {"functional", "_backends", "_checks"},
-    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks"},
+    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks", "_unit"},
     "labels": {"_checks"},
     "_batch": {"_attract", "_checks"},
-    "_attract": {"_library"},
+    "_attract": {"_library", "_unit"},
     "_backends": {"_backends.fused", "_backends.plans", "_backends.tiled", "_library"},
     "_backends.dense": {"_library"},
     "_backends.fused": {"_backends.kernels", "_backends.plans"},
@@ -30,6 +30,7 @@ ARROWS = {
     "_backends.products": set(),
     "_checks": set(),
     "_library": set(),
+    "_unit": set(),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from genscl_loss import gen_supcon_loss
+from genscl_loss._backends.tiled import TILE
 
 D, C = 32, 20
 
@@ -66,7 +67,12 @@ def test_memory_grows_linearly(kind):
     assert per_row <= 16 * 4 * (D + C)  # sixteen rows of features and labels; a matrix would take 4 (many + few) bytes
 
 
-def test_sixteen_thousand_rows_take_less_than_a_hundred_megabytes():
-    features = torch.randn(16384, 128, requires_grad=True)
-    labels = torch.softmax(torch.randn(16384, 100), 1)
-    assert peak_bytes(features, labels, "auto") < 100e6
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_three_arrays_of_the_size_of_the_features_are_enough(kind):
+    """Rows, rows times the scale, and their gradient; then the gradients of rows and of features."""
+    n, d, c = 16384, 128, 100
+    features = torch.randn(n, d, requires_grad=True)
+    soft = torch.softmax(torch.randn(n, c), 1)
+    labels = soft.argmax(1) if kind == "hard" else soft
+    tiles = 5 * 4 * TILE**2
+    assert peak_bytes(features, labels, "auto") <= 3 * 4 * n * d + tiles
