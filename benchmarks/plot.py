@@ -1,6 +1,8 @@
 """Draw what bench_loss.py measured: time and extra memory against N, both axes logarithmic.
 
-    python benchmarks/plot.py benchmarks/results/local/bench_loss.json     # writes the PNG next to it
+The command writes a PNG next to the report:
+
+    python benchmarks/plot.py benchmarks/results/local/bench_loss.json
 """
 
 from __future__ import annotations

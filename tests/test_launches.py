@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from genscl_loss import _attract, gen_supcon_loss
+from genscl_loss import _attract, _backends, available_backends, gen_supcon_loss
+from genscl_loss._backends import fused
 
 # What only looks at memory or takes some.
-FREE = {
-    "alias",
-    "as_strided",
-    "detach",
-    "diagonal",
-    "empty",
-    "empty_like",
-    "expand",
-    "permute",
-    "new_empty",
-    "select",
-    "slice",
-    "split",
-    "t",
-}
-FREE |= {
-    "tensor_split",
-    "transpose",
-    "unbind",
-    "unsqueeze",
-    "view",
-    "_unsafe_view",
-    "lift_fresh",
-    "_local_scalar_dense",
-}
+FREE = {"alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "expand", "lift_fresh", "new_empty"}
+FREE |= {"permute", "select", "slice", "split", "t", "tensor_split", "transpose", "unbind", "unsqueeze", "view"}
+FREE |= {"_unsafe_view", "_local_scalar_dense"}
 # On the CPU only: checks of values and the number of classes, neither of which may make the host wait for a device.
 FREE |= {"aminmax", "max"}
 FREE |= {"full"}  # the temperature, on the host
 KERNELS = {"attract": _attract._kernel, "attract_grad": _attract._grad_kernel}
+PAIRWISE = {"row_lse": _backends._lse_kernel, "row_lse_grad": _backends._grad_kernel}
 
 
 class Launches(TorchDispatchMode):
@@ -49,9 +31,10 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.split("::")[1]
-        if name in KERNELS:
+        inside = (KERNELS | PAIRWISE if "triton" in args else KERNELS).get(name)
+        if inside is not None:
             with self:
-                return KERNELS[name](*args)
+                return inside(*args)
         with self:
             result = function.decompose(*args, **(kwargs or {}))
         if result is not NotImplemented:
@@ -59,6 +42,31 @@ class Launches(TorchDispatchMode):
         if name not in FREE:
             self.names.append(name)
         return function(*args, **(kwargs or {}))
+
+
+class TritonLaunches:
+    """The Triton kernels, which note each launch; in their interpreter what they do themselves does not count."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __getattr__(self, name: str):
+        from genscl_loss._backends import kernels
+
+        value = getattr(kernels, name)
+        if not hasattr(value, "run"):
+            return value
+
+        class Noted:
+            def __getitem__(_, grid):
+                def launch(*args, **kwargs):
+                    self.names.append(name)
+                    with _disable_current_modes():
+                        value[grid](*args, **kwargs)
+
+                return launch
+
+        return Noted()
 
 
 def count(labels: str, backend: str, **options) -> tuple[int, int]:
@@ -70,9 +78,9 @@ def count(labels: str, backend: str, **options) -> tuple[int, int]:
         features, chosen = features.view(128, 2, 64), None
     else:
         chosen = {"hard": soft.argmax(1), "soft": soft}[labels]
-    with Launches() as forward:
+    with Launches() as forward, patch.object(fused, "_kernels", lambda: TritonLaunches(forward.names)):
         loss = gen_supcon_loss(features, chosen, backend=backend, **options)
-    with Launches() as backward:
+    with Launches() as backward, patch.object(fused, "_kernels", lambda: TritonLaunches(backward.names)):
         torch.autograd.grad(loss, features)
     return len(forward.names), len(backward.names)
 
@@ -91,7 +99,12 @@ def chunks_of_an_accelerator(monkeypatch):
         ("none", "tiled", 30, 26),
         ("hard", "tiled", 32, 25),
         ("soft", "tiled", 36, 28),
+        ("none", "triton", 31, 28),
+        ("hard", "triton", 33, 27),
+        ("soft", "triton", 37, 30),
     ],
 )
 def test_no_more_kernels_than_needed(labels, backend, forward, backward):
+    if backend == "triton" and backend not in available_backends():
+        pytest.skip("needs Triton's interpreter")
     assert count(labels, backend) == (forward, backward)
