@@ -99,6 +99,18 @@ def attract(
     return Pull(z, others, attraction, mass.detach())  # spares the backward pass a few small operations
 
 
+def mirrored_attract(
+    rows: Tensor, every: Tensor, classes: ClassLabels, self_offset: int, share: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`attract` of some rows among all rows; the arguments are those of `genscl_loss._backends.mirrored_row_lse`.
+
+    Returns:
+        z . p and W. The gradient is that of the sum over all owners.
+    """
+    attraction, mass = _MirroredAttraction.apply(rows, every, *_class_numbers(classes), self_offset, share)  # type: ignore[no-untyped-call]
+    return attraction, mass
+
+
 def _factor(rows: Tensor | None) -> Tensor | None:
     """What makes rows unit rows; class numbers have none. The operator knows its derivative."""
     return None if rows is None or rows.dim() == 1 else inverse_lengths(rows.detach())
@@ -275,13 +287,21 @@ def _kernel(
     others = z
     if contrasts is not None:
         others = (contrasts.clone() if contrast_factor is None else contrasts * contrast_factor).contiguous()
+    attraction, mass = _attraction(z, others, _sides(a, b, a_factor, b_factor, _sum_dtype(z)), self_offset)
+    return z, z.new_empty(0) if contrasts is None else others, attraction, mass
+
+
+def _attraction(
+    z: Tensor, others: Tensor, sides: tuple[_Side, _Side], self_offset: int | None
+) -> tuple[Tensor, Tensor]:
+    """What `_kernel` returns beside the rows: z . p and W."""
     dtype = _sum_dtype(z)
     attraction, mass = z.new_zeros(z.shape[0], dtype=dtype), z.new_empty(z.shape[0])
     with_one = _remember(lambda rows, cols: _with_one(others[rows, cols], dtype))
-    for rows, cols, sums in _sums(*_sides(a, b, a_factor, b_factor, dtype), with_one, z.shape[1], self_offset):
+    for rows, cols, sums in _sums(*sides, with_one, z.shape[1], self_offset):
         attraction[rows].add_((sums[:, :-1] * z[rows, cols]).sum(1))
         mass[rows] = sums[:, -1]
-    return z, z.new_empty(0) if contrasts is None else others, attraction.to(z.dtype), mass
+    return attraction.to(z.dtype), mass
 
 
 def _grad_kernel(
@@ -311,10 +331,7 @@ def _grad_kernel(
     results = [anchors.new_empty(0) for _ in wanted]
 
     if wanted[0] and contrasts is None:
-        u_and_one = _with_one(u, dtype)[:, :, None]
-        both = _remember(lambda rows, cols: (z(rows, cols)[:, None] * u_and_one[rows]).flatten(1))
-        sums = _sums(left, left, both, num_columns, self_offset)
-        parts = ((rows, cols, _as_both(part, u[rows])) for rows, cols, part in sums)
+        parts = _both_ways(left, left, z, u, u, num_columns, self_offset)
         results[0] = _gather(parts, grad_anchors, anchors, factor)
     elif wanted[0]:
         sums = _sums(left, right, others, num_columns, self_offset)
@@ -348,10 +365,15 @@ def _with_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _as_both(sums: Tensor, u: Tensor) -> Tensor:
-    """sum_j w_ij u_j z_j + u_i sum_j w_ij z_j from both sums: what row i is given as a contrast and as an anchor."""
-    as_contrast, as_anchor = sums.tensor_split(2, dim=1)
-    return as_contrast.addcmul_(as_anchor, u)
+def _both_ways(
+    a: _Side, b: _Side, x: Entries, u: Tensor, all_u: Tensor, num_columns: int, self_offset: int | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Parts of sum_j w_ij u_j x_j + u_i sum_j w_ij x_j: what row i is given as a contrast and as an anchor."""
+    u_and_one = _with_one(all_u, all_u.dtype)[:, :, None]
+    both = _remember(lambda rows, cols: (x(rows, cols)[:, None] * u_and_one[rows]).flatten(1))
+    for rows, cols, sums in _sums(a, b, both, num_columns, self_offset):
+        as_contrast, as_anchor = sums.tensor_split(2, dim=1)
+        yield rows, cols, as_contrast.addcmul_(as_anchor, u[rows])
 
 
 def _gather(
@@ -369,6 +391,28 @@ def _gather(
             z, dz = x[rows] * factor[rows], out[rows]
             dz.addcmul_(z, (z * dz).sum(1, keepdim=True), value=-1).mul_(factor[rows])
     return out
+
+
+class _MirroredAttraction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, every: Tensor, a: Tensor, b: Tensor, self_offset: int, share: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, every, a, b)
+        ctx.self_offset, ctx.share = self_offset, share
+        attraction, mass = _attraction(rows, every, _sides(a, b, None, None, _sum_dtype(rows)), self_offset)
+        ctx.mark_non_differentiable(mass)
+        return attraction, mass
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        rows, every, a, b = ctx.saved_tensors
+        dtype = _sum_dtype(rows)
+        sides = _sides(a, b, None, None, dtype)
+        u, all_u = grad.to(dtype)[:, None], ctx.share(grad[:, None]).to(dtype)
+        parts = _both_ways(*sides, _entries(every, None, dtype), u, all_u, rows.shape[1], ctx.self_offset)
+        return _gather(parts, None, rows, None), None, None, None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

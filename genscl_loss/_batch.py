@@ -27,13 +27,28 @@ class Batch(NamedTuple):
     teacher_labels: Labels | None
     sample_weight: Tensor | None  # (A,)
     normalize: bool  # rows are to be scaled to unit length
-    half: bool  # the features were given in half precision
+    given: torch.dtype  # of the features, if all have the same; otherwise that of the computation
+    num_views: int
+
+    @property
+    def half(self) -> bool:
+        """Whether products of half precision are all that the features deserve."""
+        return self.given in (torch.float16, torch.bfloat16)
+
+    @property
+    def all_labels(self) -> list[Labels]:
+        """The labels, and the teacher's if there are any."""
+        return [self.labels] if self.teacher_labels is None else [self.labels, self.teacher_labels]
+
+    @property
+    def num_contrast_rows(self) -> int:
+        """Contrasts, an anchor itself included."""
+        return (self.anchors if self.contrasts is None else self.contrasts).shape[0]
 
     @property
     def num_contrasts(self) -> int:
         """Contrasts that each anchor sees."""
-        rows = self.anchors if self.contrasts is None else self.contrasts
-        return rows.shape[0] - (self.self_offset is not None)
+        return self.num_contrast_rows - (self.self_offset is not None)
 
 
 def make_batch(
@@ -72,7 +87,7 @@ def make_batch(
         raise ValueError("teacher_labels is missing: contrast_teacher_labels came without it")
     anchors, contrasts = views.rows()
     weight = _sample_weight(sample_weight, views)
-    return Batch(anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.are_half)
+    return Batch(anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.given, views.num_given)
 
 
 class _Views(NamedTuple):
@@ -134,9 +149,10 @@ class _Views(NamedTuple):
         return torch.float64 if torch.float64 in self.dtypes else torch.float32
 
     @property
-    def are_half(self) -> bool:
-        """Whether products of half precision are all that the features deserve."""
-        return all(dtype in (torch.float16, torch.bfloat16) for dtype in self.dtypes)
+    def given(self) -> torch.dtype:
+        """The dtype of all features, if they have but one; otherwise that of the computation."""
+        dtypes = set(self.dtypes)
+        return dtypes.pop() if len(dtypes) == 1 else self.dtype
 
     def anchor_rows(self, per_view: Sequence[Tensor]) -> Tensor:
         return _stack(per_view[: self.num_anchor_views])

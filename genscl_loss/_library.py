@@ -21,7 +21,7 @@ def _autocast_is_on(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)  # torch knows no autocast for meta tensors
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which products keep their dtype, also inside a caller's autocast region."""
     if _autocast_is_on(device):
         return torch.autocast(device.type, enabled=False)
@@ -53,7 +53,7 @@ def define_operator(
     qualified = f"genscl_loss::{name}"
 
     def run_kernel(*args: Any) -> Any:
-        with _without_autocast(args[0].device):
+        with without_autocast(args[0].device):
             return kernel(*args)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -61,7 +61,7 @@ def define_operator(
         setup_context(ctx, inputs, output)
 
     def run_backward(ctx: Any, *grads: Any) -> Any:
-        with _without_autocast(ctx.device):
+        with without_autocast(ctx.device):
             return backward(ctx, *grads)
 
     _library.define(name + signature)

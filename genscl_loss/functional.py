@@ -1,7 +1,8 @@
 """The generalized supervised contrastive loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,12 @@ from genscl_loss._attract import attract, similarity_matrix
 from genscl_loss._backends import BACKENDS, available_backends, choose, dense, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_choice, check_number, check_values, validate
+from genscl_loss._distributed import Members, sum_over
+from genscl_loss._global import facts, global_log_likelihoods, no_log_likelihoods
 from genscl_loss._unit import unit_pair
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
 
@@ -36,6 +42,7 @@ def gen_supcon_loss(
     empty_anchors: str = "zero",
     normalize: bool = True,
     reduction: str = "mean",
+    group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Cross-entropy between the similarity of (soft) labels and the similarity of embeddings: the loss of GenSCL.
@@ -86,7 +93,14 @@ def gen_supcon_loss(
         normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row shorter than 1e-18
             counts as zero: it is similar to nothing. In float32 a row longer than 1e19 gives NaN.
         reduction: "mean" over anchors, "sum" or "none".
-        backend: "auto", "dense" (an N x N matrix; twice differentiable) or "tiled" (linear memory).
+        group: `torch.distributed` process group, such as `torch.distributed.group.WORLD`: the batch is then that of all
+            its processes, each of which passes its own share, of any size but zero. Anchors are this process's,
+            contrasts are everyone's, `contrast_features` included. All processes return the loss of the whole batch
+            ("none": the losses of their own anchors), and after the averaging of gradients by DDP or FSDP parameters
+            have the gradient of the whole batch. `label_similarity` cannot be combined with it.
+        backend: "auto", "dense" (an N x N matrix; twice differentiable), "tiled" (linear memory) or "triton" (linear
+            memory, on NVIDIA GPUs, float32 or half precision, up to 1024 features). "auto" takes the fastest of those
+            that can be used; with `group` never "dense".
 
     Returns:
         Loss in nats times tau / tau_base, float32, or float64 for float64 features: 0-dim, or (anchors,) for "none",
@@ -97,8 +111,9 @@ def gen_supcon_loss(
     Raises:
         ValueError: A shape, device, mode or value is wrong; the message begins with the name of the argument. Negative,
             NaN and infinite values in labels and the like are looked for in CPU tensors; on a GPU, within `validate()`.
+            With `group`, all processes raise if one does, or if they differ in what they must have in common.
         TypeError: A Python type or a dtype is wrong.
-        RuntimeError: On a second derivative, or a forward-mode one, of the "tiled" backend.
+        RuntimeError: On a second derivative, or a forward-mode one, of any backend but "dense".
 
     Example:
         >>> import torch
@@ -113,28 +128,91 @@ def gen_supcon_loss(
         Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
         Khosla et al., "Supervised Contrastive Learning", https://arxiv.org/abs/2004.11362
     """
-    check_choice("reduction", reduction, _REDUCTIONS)
-    check_choice("empty_anchors", empty_anchors, _EMPTY_ANCHORS)
-    check_choice("backend", backend, BACKENDS)
-    batch = make_batch(
-        features,
-        labels,
-        label_similarity=label_similarity,
-        contrast_mode=contrast_mode,
-        contrast_features=contrast_features,
-        contrast_labels=contrast_labels,
-        teacher_labels=teacher_labels,
-        contrast_teacher_labels=contrast_teacher_labels,
-        sample_weight=sample_weight,
-        normalize=normalize,
-    )
-    teacher_weight = check_number("teacher_weight", teacher_weight)
-    scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
+
+    def prepare() -> _Problem:
+        check_choice("reduction", reduction, _REDUCTIONS)
+        check_choice("empty_anchors", empty_anchors, _EMPTY_ANCHORS)
+        check_choice("backend", backend, BACKENDS)
+        batch = make_batch(
+            features,
+            labels,
+            label_similarity=label_similarity,
+            contrast_mode=contrast_mode,
+            contrast_features=contrast_features,
+            contrast_labels=contrast_labels,
+            teacher_labels=teacher_labels,
+            contrast_teacher_labels=contrast_teacher_labels,
+            sample_weight=sample_weight,
+            normalize=normalize,
+        )
+        weight = check_number("teacher_weight", teacher_weight)
+        scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
+        return _Problem(batch, scale, factor, weight, reduction, empty_anchors, backend)
+
+    return _loss(prepare()) if group is None else _loss_of_group(group, prepare)
+
+
+class _Problem(NamedTuple):
+    """What the loss is to be computed of."""
+
+    batch: Batch
+    scale: Tensor
+    factor: float | Tensor
+    teacher_weight: float
+    reduction: str
+    empty_anchors: str
+    backend: str
+
+
+def _loss(problem: _Problem) -> Tensor:
+    batch = problem.batch
+    return _total(problem, _log_likelihoods(batch, problem.scale, problem.backend), batch.anchors.shape[0], None)
+
+
+def _loss_of_group(group: object, prepare: Callable[[], _Problem]) -> Tensor:
+    members = Members.of(group)
+    try:
+        problem = prepare()
+        batch = problem.batch
+        backend = choose(problem.backend, batch.anchors, batch.num_contrasts, may_be_dense=False)
+        agreed = facts(batch) | {
+            "temperature": _told(problem.scale.reciprocal()),
+            "base_temperature": f"tau / {_told(problem.scale * problem.factor)}",
+            "teacher_weight": problem.teacher_weight,
+            "reduction": problem.reduction,
+            "empty_anchors": problem.empty_anchors,
+            "backend": backend,
+        }
+        sizes = batch.anchors.shape[0], batch.num_contrast_rows
+    except Exception as error:
+        members.refuse(error, 2)
+        raise
+    num_anchors, counts = zip(*members.agree(agreed, *sizes), strict=True)
+    precision = _precision(batch)
+    options = {"precision": precision, "backend": backend}
+    likelihoods = global_log_likelihoods(batch, problem.scale, members, counts, **options)
+    return _total(problem, likelihoods, sum(num_anchors), members)
+
+
+# Communication stays out of compiled graphs, which go on behind it. As `torch.compiler.disable`, which would import the
+# compiler.
+_loss_of_group._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _told(x: Tensor) -> str:
+    """A number, if the host knows it."""
+    shown = f"{float(x.detach()):.7g}" if x.device.type == "cpu" else "a tensor"
+    return f"{shown}, with gradient" if x.requires_grad else shown
+
+
+def _total(
+    problem: _Problem, likelihoods: list[tuple[Tensor, Tensor]], num_anchors: int, members: Members | None
+) -> Tensor:
+    """The loss of all anchors, the teacher's term included."""
     terms = [
-        _reduce(likelihood / (mass + _EPS), mass, batch.sample_weight, -factor, reduction, empty_anchors)
-        for likelihood, mass in _log_likelihoods(batch, scale, backend)
+        _reduce(likelihood / (mass + _EPS), mass, problem, num_anchors, members) for likelihood, mass in likelihoods
     ]
-    return terms[0] if batch.teacher_labels is None else terms[0] + teacher_weight * terms[1]
+    return terms[0] if len(terms) == 1 else terms[0] + problem.teacher_weight * terms[1]
 
 
 def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperature: float | None = 0.07) -> float:
@@ -181,51 +259,51 @@ def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperatu
 
 def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
     """sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
-    all_labels = [batch.labels] if batch.teacher_labels is None else [batch.labels, batch.teacher_labels]
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
     backend = choose(backend, anchors, batch.num_contrasts)
     if backend == "dense" or batch.num_contrasts == 0:
         z, others = unit_pair(anchors, contrasts, batch.normalize)
-        if batch.num_contrasts == 0:  # 0 with a zero gradient, except that what is NaN stays NaN
-            zero = z.sum(1) * scale * 0
-            return [(zero, zero.detach())] * len(all_labels)
+        if batch.num_contrasts == 0:
+            return no_log_likelihoods(z, scale, len(batch.all_labels))
         log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
         return [
-            dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype)) for labels in all_labels
+            dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype))
+            for labels in batch.all_labels
         ]
-    pulls = [attract(anchors, contrasts, labels, self_offset, normalize=batch.normalize) for labels in all_labels]
-    precision = "high" if batch.half else float32_precision()
+    pulls = [attract(anchors, contrasts, labels, self_offset, normalize=batch.normalize) for labels in batch.all_labels]
     z, others = pulls[0][:2]
-    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=precision, backend=backend)
+    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=_precision(batch), backend=backend)
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     return [(torch.addcmul(pull.attraction * scale, pull.mass, lse, value=-1), pull.mass) for pull in pulls]
 
 
-def _reduce(
-    loss: Tensor,
-    mass: Tensor,
-    sample_weight: Tensor | None,
-    factor: float | Tensor,
-    reduction: str,
-    empty_anchors: str,
-) -> Tensor:
-    """Weigh the anchors, reduce over those that count, and multiply what is then fewest by the factor."""
-    weight = None if sample_weight is None else sample_weight.to(loss.dtype)
+def _precision(batch: Batch) -> str:
+    return "high" if batch.half else float32_precision()
+
+
+def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, members: Members | None) -> Tensor:
+    """Weigh the log-likelihoods, reduce over those that count, and multiply what is then fewest by the factor."""
+    factor = -problem.factor
+    weight = None if problem.batch.sample_weight is None else problem.batch.sample_weight.to(loss.dtype)
     if weight is not None:
         loss = loss * weight
-    if reduction == "none":
+    if problem.reduction == "none":
         return loss * factor
-    if reduction == "mean" and empty_anchors == "ignore":
+    if problem.reduction == "mean" and problem.empty_anchors == "ignore":
         counts = (mass.detach() > _EPS).to(loss.dtype)
         loss = loss * counts  # a product, not a choice: what is NaN stays NaN
         weight = counts if weight is None else weight * counts
-    total = loss.sum()
-    if reduction == "sum":
+    total = _sum(loss, members)
+    if problem.reduction == "sum":
         return total * factor
     if weight is None:
-        return total * (factor / loss.shape[0])
-    weights = weight.sum()
+        return total * (factor / num_anchors)
+    weights = _sum(weight, members)
     return total * factor / torch.where(weights > 0, weights, 1)
+
+
+def _sum(x: Tensor, members: Members | None) -> Tensor:
+    return x.sum() if members is None else sum_over(x.sum(), members)
 
 
 def _scale_and_factor(

@@ -3,13 +3,18 @@
 import inspect
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from genscl_loss._backends import BACKENDS
 from genscl_loss._checks import check_choice, check_number
+from genscl_loss._distributed import Members
 from genscl_loss.functional import gen_supcon_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 1.0  # of a learnable temperature: logit scales from 1 to 100, as CLIP has
 _LOG_RANGE = (math.log(_MIN_TEMPERATURE), math.log(_MAX_TEMPERATURE))
@@ -28,6 +33,8 @@ class GenSupConLoss(nn.Module):
         empty_anchors: "zero" or "ignore".
         normalize: Scale embeddings to unit length first.
         reduction: "mean", "sum" or "none".
+        group: `torch.distributed` process group whose processes share the batch.
+            Copies of the module share it; to pickle the module, set it to None first.
         backend: "auto" or one of `available_backends()`.
         learnable_temperature: Make the temperature a parameter, kept as its logarithm in `log_temperature` and within
             [0.01, 1]: each forward pass in training mode first moves it back inside, as CLIP does. Hand
@@ -58,6 +65,7 @@ class GenSupConLoss(nn.Module):
         empty_anchors: str = "zero",
         normalize: bool = True,
         reduction: str = "mean",
+        group: "ProcessGroup | None" = None,
         backend: str = "auto",
         learnable_temperature: bool = False,
     ) -> None:
@@ -68,6 +76,7 @@ class GenSupConLoss(nn.Module):
         self.empty_anchors = empty_anchors
         self.normalize = normalize
         self.reduction = reduction
+        self._group = _Kept(None)
         self.backend = "auto"
         self.log_temperature: nn.Parameter | None = None
         self._temperature = _fixed(temperature)
@@ -76,6 +85,7 @@ class GenSupConLoss(nn.Module):
         GenSupConLoss.forward(self, torch.zeros(2, 2, 1, device="cpu"))
         check_choice("backend", backend, BACKENDS)  # whether it can be used is for the device of the features to say
         self.backend = backend
+        self.group = group
         if learnable_temperature:
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(
@@ -93,6 +103,17 @@ class GenSupConLoss(nn.Module):
         if self.log_temperature is not None:
             raise AttributeError("temperature is learnable here: change log_temperature")
         self._temperature = _fixed(value)
+
+    @property
+    def group(self) -> "ProcessGroup | None":
+        """The processes that share the batch, which may be set."""
+        return self._group.value
+
+    @group.setter
+    def group(self, value: "ProcessGroup | None") -> None:
+        if value is not None:
+            Members.of(value)
+        self._group = _Kept(value)
 
     def forward(
         self,
@@ -140,6 +161,7 @@ class GenSupConLoss(nn.Module):
             empty_anchors=self.empty_anchors,
             normalize=self.normalize,
             reduction=self.reduction,
+            group=self.group,
             backend=self.backend,
         )
 
@@ -153,6 +175,21 @@ class GenSupConLoss(nn.Module):
             if option.name not in ("self", "temperature") and value != option.default:
                 shown.append(f"{option.name}={value!r}")
         return ", ".join(shown if self.log_temperature is None else [*shown, "learnable_temperature=True"])
+
+
+class _Kept:
+    """A process group inside a module: torch can neither copy nor pickle one."""
+
+    def __init__(self, value: "ProcessGroup | None") -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.value is not None:
+            raise TypeError("group cannot be pickled: save state_dict(), or set criterion.group = None first")
+        return _Kept, (None,)
 
 
 def _fixed(temperature: float) -> float:

@@ -16,12 +16,13 @@ ROOT = Path(genscl_loss.__file__).parent
 # Each module and the modules of the package that it may import. A new file gets a line here, or the tests fail.
 ARROWS = {
     "genscl_loss": {"module", "functional", "labels"},
-    "module": {"functional", "_backends", "_checks"},
-    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks", "_unit"},
+    "module": {"functional", "_backends", "_checks", "_distributed"},
+    "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks", "_distributed", "_global", "_unit"},
     "labels": {"_checks"},
     "_batch": {"_attract", "_checks"},
     "_attract": {"_library", "_unit"},
-    "_backends": {"_backends.fused", "_backends.plans", "_backends.tiled", "_library"},
+    "_global": {"_attract", "_backends", "_batch", "_distributed", "_library", "_unit"},
+    "_backends": {"_backends.dense", "_backends.fused", "_backends.plans", "_backends.tiled", "_library"},
     "_backends.dense": {"_library"},
     "_backends.fused": {"_backends.kernels", "_backends.plans"},
     "_backends.kernels": set(),
@@ -29,6 +30,7 @@ ARROWS = {
     "_backends.tiled": {"_backends.products"},
     "_backends.products": set(),
     "_checks": set(),
+    "_distributed": set(),
     "_library": set(),
     "_unit": set(),
 }

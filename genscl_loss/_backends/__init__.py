@@ -13,14 +13,15 @@ functions, `row_lse` and `row_lse_grad`, in a file of its own. `choose` is the o
 for by name is used or refused, never replaced.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from genscl_loss._backends import fused, tiled
+from genscl_loss._backends import dense, fused, tiled
 from genscl_loss._backends.plans import MAX_FEATURES
-from genscl_loss._library import define_operator
+from genscl_loss._library import define_operator, without_autocast
 
 BACKENDS = ("auto", "dense", "tiled", "triton")
 
@@ -45,11 +46,11 @@ def available_backends() -> tuple[str, ...]:
     return BACKENDS[1:] if fused.unavailable(device) is None else BACKENDS[1:-1]
 
 
-def choose(backend: str, anchors: Tensor, num_contrasts: int) -> str:
+def choose(backend: str, anchors: Tensor, num_contrasts: int, *, may_be_dense: bool = True) -> str:
     """Resolve "auto" by the number of logits; refuse another of `BACKENDS` if it cannot be used."""
     if backend == "auto":
         limit = _DENSE_AT_MOST.get(anchors.device.type, _DENSE_AT_MOST["cpu"])
-        if anchors.shape[0] * num_contrasts <= limit:
+        if may_be_dense and anchors.shape[0] * num_contrasts <= limit:
             return "dense"
         return "triton" if anchors.is_cuda and _why_not_triton(anchors) is None else "tiled"
     if backend == "triton" and (reason := _why_not_triton(anchors)) is not None:
@@ -104,15 +105,97 @@ def row_lse(
         unit: Whether no row is longer than one.
         precision: "highest" for all digits of float32; "high" and "medium" allow products of 10 bits. As in
             `torch.set_float32_matmul_precision`. On CPUs always "highest".
-        backend: "tiled" or "triton".
+        backend: One of `BACKENDS` but "auto".
 
     Returns:
         (A,); -inf for an anchor that has no contrast.
     """
+    if backend == "dense":
+        return dense.row_lse(anchors, anchors if contrasts is None else contrasts, scale, self_offset)
     if backend == "triton" and not unit:
         anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
     lse: Tensor = _row_lse(anchors, contrasts, scale, self_offset, unit, precision, backend)[0]
     return lse
+
+
+def mirrored_row_lse(
+    rows: Tensor,
+    every: Tensor,
+    scale: Tensor,
+    self_offset: int,
+    share: Callable[[Tensor], Tensor],
+    *,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """`row_lse` of some rows among all rows, others of which have owners that call this too.
+
+    Logits are symmetric: the gradient of a row as a contrast of others needs only what is known of these others, their
+    rows and two or three numbers each. It is one pass over the same pairs, and no gradient travels.
+
+    Args:
+        rows: (A, D).
+        every: (M, D), rows i + self_offset of which are `rows`; no gradient.
+        scale: 0-dim tensor.
+        self_offset: Where `rows` begin.
+        share: Takes numbers of these rows, (A, k), returns those of all, (M, k).
+        unit: As in `row_lse`.
+        precision: As in `row_lse`.
+        backend: "tiled" or "triton".
+
+    Returns:
+        (A,). Its gradient is that of the sum over all owners.
+    """
+    lse: Tensor = _MirroredLse.apply(rows, every, scale, self_offset, share, unit, precision, backend)  # type: ignore[no-untyped-call]
+    return lse
+
+
+class _MirroredLse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        every: Tensor,
+        scale: Tensor,
+        self_offset: int,
+        share: Callable[[Tensor], Tensor],
+        unit: bool,
+        precision: str,
+        backend: str,
+    ) -> Tensor:
+        ctx.factor, given = None, (rows, every, scale)
+        if backend == "triton" and not unit:  # as `_entries_up_to_one`, with one factor for the two roles of a row
+            ctx.factor = _power_of_two(every)
+            given = (rows * ctx.factor, every * ctx.factor, scale.to(rows.device) / ctx.factor / ctx.factor)
+        with without_autocast(rows.device):
+            lse, sums, left, right = _lse_kernel(*given, self_offset, unit, precision, backend)
+        kept = (lse, *given[:2]) if backend == "tiled" else (sums, left, right)
+        ctx.save_for_backward(*kept, given[2], scale, rows if ctx.needs_input_grad[2] else None)
+        ctx.options = (self_offset, share, unit, backend, rows.shape)
+        return lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sums, left, right, inner_scale, scale, rows = ctx.saved_tensors
+        self_offset, share, unit, backend, (num_rows, num_features) = ctx.options
+        with without_autocast(grad.device):
+            if backend == "tiled":
+                settled = tiled.settled(grad, sums, left, right, inner_scale, self_offset)
+                grads, lses = share(torch.stack([settled, sums], 1)).unbind(1)
+                d_rows = tiled.mirrored_grad(grads, lses, left, right, inner_scale, self_offset)
+            else:
+                grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
+                d_rows = fused.mirrored_grad(
+                    grads.contiguous(), torch.stack(all_sums), left, right, inner_scale, self_offset, unit,
+                    num_rows, num_features,
+                )  # fmt: skip
+        if ctx.factor is not None:
+            d_rows = d_rows * ctx.factor
+        # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
+        d_scale = ((rows * d_rows).sum() / (2 * scale)).to(scale.dtype) if ctx.needs_input_grad[2] else None
+        return d_rows, None, d_scale, None, None, None, None, None
 
 
 def _entries_up_to_one(

@@ -22,15 +22,24 @@ def log_softmax(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: 
     Returns:
         (A, M); meaningless, but finite, in the self terms.
     """
+    return _logits(anchors, contrasts, scale, self_offset).log_softmax(1)
+
+
+def row_lse(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None) -> Tensor:
+    """Logarithm of sum_{k != self} exp(s_ik), (A,), in the terms of `log_softmax`."""
+    return _logits(anchors, contrasts, scale, self_offset).logsumexp(1)
+
+
+def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of w_ij log p_ij and of w_ij over j, for weights (A, M) with zeros in the self terms."""
+    return (weights * log_p).sum(1), weights.sum(1)
+
+
+def _logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None) -> Tensor:
     logits = matmul(anchors * scale, contrasts.T)
     if self_offset is not None:
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
         # Behind autograd's back: probability and weight are zero there, and so is every derivative.
         logits.detach().diagonal(self_offset).fill_(torch.finfo(logits.dtype).min)
-    return logits.log_softmax(1)
-
-
-def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of w_ij log p_ij and of w_ij over j, for weights (A, M) with zeros in the self terms."""
-    return (weights * log_p).sum(1), weights.sum(1)
+    return logits

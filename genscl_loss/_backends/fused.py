@@ -89,6 +89,28 @@ def row_lse_grad(
         return d_anchors, _launch_grad(cols, rows, m, n, None, weights, reverse, *shared)
 
 
+def mirrored_grad(
+    grads: Tensor,
+    sums: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    scale: Tensor,
+    self_offset: int,
+    unit: bool,
+    num_anchors: int,
+    num_features: int,
+) -> Tensor:
+    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
+    n, m = num_anchors, len(grads)
+    own = slice(self_offset, self_offset + n)
+    with _on(grads.device):
+        largest = torch.linalg.vector_norm(grads, torch.inf)
+        col_weights = _launch_weights(grads, sums, cols.shape[1], largest)
+        row_weights = _launch_weights(grads[own], sums[:, own].contiguous(), rows.shape[1], largest)
+        shared = (largest, scale, unit, num_features)
+        return _launch_grad(rows, cols, n, m, row_weights, col_weights, self_offset, *shared)
+
+
 def split_shape(num_rows: int, num_features: int, precision: str) -> tuple[int, int, int]:
     """Shape of rows as the kernels take them: fp16 terms of each number, padded rows, padded features."""
     return 2 if precision == "highest" else 1, -(-num_rows // PAD) * PAD, width(num_features)

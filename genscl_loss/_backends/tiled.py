@@ -80,6 +80,37 @@ def row_lse_grad(
     return d_anchors, d_contrasts.mul_(scale)
 
 
+def mirrored_grad(
+    grads: Tensor, lses: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int
+) -> Tensor:
+    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
+    scaled = anchors * (scale * math.log2(math.e))
+    lses = lses * math.log2(math.e)
+    own = slice(self_offset, self_offset + anchors.shape[0])
+    shift = _shift(scaled, contrasts)
+    factors = grads if shift is None else grads * (shift - lses).exp2()
+    dz = torch.zeros_like(anchors)
+    for rows, cols, tile in _tiles(scaled, contrasts, self_offset):
+        left, right = factors[own][rows, None], factors[cols]
+        if shift is None:
+            weights = (tile - lses[cols]).exp2_().mul_(right)
+            weights += tile.sub_(lses[own][rows, None]).exp2_().mul_(left)
+        else:
+            weights = _exp2(tile, shift).mul_(left + right)
+        add_product(dz[rows], weights, contrasts[cols])
+    return dz.mul_(scale)
+
+
+def settled(
+    grad: Tensor, lse: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None
+) -> Tensor:
+    """The upstream gradient, made good for the rounding of lse where that is not small."""
+    scaled = anchors * (scale * math.log2(math.e))
+    if _shift(scaled, contrasts) is not None:
+        return grad
+    return grad / _row_sums(lse * math.log2(math.e), scaled, contrasts, self_offset)
+
+
 def _symmetric_grad(grad: Tensor, lse: Tensor, z: Tensor, scaled: Tensor, shift: float) -> Tensor:
     factor = grad * (shift - lse).exp2()
     dz = torch.zeros_like(z)

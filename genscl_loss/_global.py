@@ -1,0 +1,146 @@
+"""The pairwise half and the label half of the loss where the contrasts of an anchor are those of all processes.
+
+Rows of all processes are gathered, N_global D numbers, and each process looks at its own anchors only. What comes back:
+
+- In a self-contrast, where each contrast is an anchor of its owner, nothing but two or three numbers of each anchor:
+  logits are symmetric, so the owner can work out for itself what its rows did as contrasts of others.
+- Otherwise the gradients of the contrasts, if they have any, summed over the processes.
+
+Label vectors stay where they are: a class needs sum_j b_jc [z_j, 1] from each process, C (D + 1) numbers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genscl_loss._attract import ClassLabels, Labels, VectorLabels, attract, mirrored_attract
+from genscl_loss._backends import mirrored_row_lse, row_lse
+from genscl_loss._batch import Batch
+from genscl_loss._distributed import Members, gather, gather_with_gradient, sum_over
+from genscl_loss._library import matmul
+from genscl_loss._unit import unit_pair, unit_rows
+
+
+def facts(batch: Batch) -> dict[str, object]:
+    """What all processes of a group must have in common: else they would communicate at cross purposes."""
+    contrasts = batch.contrasts
+    return {
+        "views of features": batch.num_views,
+        "D of features": batch.anchors.shape[1],
+        "dtype of features": batch.given,
+        "gradient of features": _has_gradient(batch.anchors),
+        "contrasts": "the anchors" if contrasts is None else "some rows" if batch.self_offset is None else "all rows",
+        "gradient of contrasts": contrasts is not None and _has_gradient(contrasts),
+        "labels": _describe(batch.labels),
+        "teacher_labels": batch.teacher_labels and _describe(batch.teacher_labels),
+        "sample_weight": None
+        if batch.sample_weight is None
+        else f"given, gradient {_has_gradient(batch.sample_weight)}",
+        "normalize": batch.normalize,
+    }
+
+
+def _has_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _describe(labels: Labels) -> str:
+    if isinstance(labels, VectorLabels):
+        gradients = _has_gradient(labels.anchors), _has_gradient(labels.contrasts)
+        return f"vectors of {labels.anchors.shape[1]} classes" + (", with gradient" if any(gradients) else "")
+    if isinstance(labels, ClassLabels):
+        return "none" if labels.are_numbers else f"class numbers, {labels.anchors.dtype}"
+    raise ValueError("label_similarity cannot be combined with group: it has no columns for the rows of others")
+
+
+def global_log_likelihoods(
+    batch: Batch, scale: Tensor, members: Members, counts: Sequence[int], *, precision: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """sum_j w_ij log p_ij and W_i of each anchor of this process, for the labels and for the teacher's.
+
+    Args:
+        batch: Of this process.
+        scale: 0-dim, one over the temperature.
+        members: The processes.
+        counts: How many contrasts each of them brings.
+        precision: As in `genscl_loss._backends.row_lse`.
+        backend: As there.
+    """
+    z, others = unit_pair(batch.anchors, batch.contrasts, batch.normalize)
+    first = sum(counts[: members.rank])
+    offset = None if batch.self_offset is None else first + batch.self_offset
+    if sum(counts) == (offset is not None):
+        return no_log_likelihoods(z, scale, len(batch.all_labels))
+    is_mirrored = others is None and backend != "dense"
+    every = _gather_contrasts(batch, z if others is None else others, counts, members, is_mirrored)
+
+    def share(numbers: Tensor) -> Tensor:
+        return gather(numbers, counts, members)
+
+    unit = batch.normalize
+    if is_mirrored:
+        lse = mirrored_row_lse(z, every, scale, first, share, unit=unit, precision=precision, backend=backend)
+    else:
+        lse = row_lse(z, every, scale, offset, unit=unit, precision=precision, backend=backend)
+    likelihoods = []
+    for labels in batch.all_labels:
+        if isinstance(labels, VectorLabels):
+            attraction, mass = _attract_vectors(z, others, labels, batch.self_offset, members)
+        elif isinstance(labels, ClassLabels):
+            classes = _classes_of_all(labels, first, counts, members)
+            if is_mirrored:
+                attraction, mass = mirrored_attract(z, every, classes, first, share)
+            else:
+                _, _, attraction, mass = attract(z, every, classes, offset, normalize=False)
+        likelihoods.append((torch.addcmul(attraction * scale, mass, lse, value=-1), mass))
+    return likelihoods
+
+
+def no_log_likelihoods(z: Tensor, scale: Tensor, num_labels: int) -> list[tuple[Tensor, Tensor]]:
+    """Where there is no contrast: 0 with a zero gradient, except that what is NaN stays NaN."""
+    zero = z.sum(1) * scale * 0
+    return [(zero, zero.detach())] * num_labels
+
+
+def _gather_contrasts(
+    batch: Batch, contrasts: Tensor, counts: Sequence[int], members: Members, is_mirrored: bool
+) -> Tensor:
+    """The contrasts of all processes, of unit length if asked for."""
+    if _has_gradient(contrasts) and not is_mirrored:
+        return gather_with_gradient(contrasts, counts, members)
+    if batch.given == contrasts.dtype:
+        return gather(contrasts, counts, members)
+    given = batch.anchors if batch.contrasts is None else batch.contrasts  # half precision: half the bytes
+    every = gather(given.to(batch.given), counts, members).to(contrasts.dtype)
+    return unit_pair(every, None, batch.normalize)[0]
+
+
+def _attract_vectors(
+    z: Tensor, others: Tensor | None, labels: VectorLabels, self_offset: int | None, members: Members
+) -> tuple[Tensor, Tensor]:
+    """What `attract` returns, over the contrasts of all processes.
+
+    Sums by class are exchanged, and the self term is left out where it is: little may remain of a sum without it.
+    """
+    x = z if others is None else others
+    here = matmul(unit_rows(labels.contrasts).T.to(x.dtype), torch.cat([x, x.new_ones(x.shape[0], 1)], 1)).double()
+    total = sum_over(here, members)
+    if self_offset is not None:  # those of others; `attract` knows how to leave the self term out of the rest
+        total = total - here
+    p = matmul(unit_rows(labels.anchors).to(z.dtype), total.to(z.dtype))
+    attraction, mass = (z * p[:, :-1]).sum(1), p[:, -1]
+    if self_offset is not None:
+        pull = attract(z, others, labels, self_offset, normalize=False)
+        attraction, mass = attraction + pull.attraction, mass + pull.mass
+    has_gradient = _has_gradient(labels.anchors) or _has_gradient(labels.contrasts)
+    return attraction, mass if has_gradient else mass.detach()
+
+
+def _classes_of_all(labels: ClassLabels, first: int, counts: Sequence[int], members: Members) -> ClassLabels:
+    """Classes of the anchors of this process and of the contrasts of all."""
+    a, b, are_numbers = labels
+    if are_numbers:  # of samples: those of other processes are others
+        a, b = a + first, b + first
+    dtype = torch.float64 if a.is_floating_point() else torch.int64
+    return ClassLabels(a.to(dtype), gather(b.to(dtype), counts, members), are_numbers)

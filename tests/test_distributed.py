@@ -1,0 +1,344 @@
+"""One batch on several processes: the loss and its gradients are those of one process that has all of it."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import distributed
+import pytest
+import torch
+import torch.distributed as dist
+
+from genscl_loss import GenSupConLoss, available_backends, gen_supcon_loss
+
+SIZES = {2: [(4, 4), (1, 5)], 3: [(3, 3, 3), (1, 6, 2)], 4: [(2, 2, 2, 2), (3, 1, 5, 1)]}
+D_IN, D, C = 5, 7, 4
+
+
+def batch_of(case: dict[str, Any], n: int, seed: int) -> dict[str, Any]:
+    """Inputs of the encoder and tensors of the loss, for a batch of n samples on one process."""
+    generator = torch.Generator().manual_seed(seed)
+    views, kind = case.get("views", 2), case.get("labels", "hard")
+    dtype = case.get("dtype", torch.float64)
+
+    def soft(*shape: int) -> torch.Tensor:
+        return torch.softmax(case.get("sharpness", 2.0) * torch.randn(*shape, C, generator=generator, dtype=dtype), -1)
+
+    hard = torch.randint(C, (n,), generator=generator)
+    batch: dict[str, Any] = {"inputs": torch.randn(n, views, D_IN, generator=generator, dtype=dtype)}
+    alone = torch.arange(n) + 100 * seed  # most anchors without a positive anywhere
+    alone[0] = 0
+    labels = {"hard": hard, "float": hard / 2 + 0.5, "soft": soft(n), "per view": soft(n, views), "alone": alone}.get(kind)
+    batch["labels"] = labels
+    if case.get("teacher"):
+        batch["teacher_labels"] = soft(n)
+    if case.get("weights"):
+        batch["sample_weight"] = torch.rand(n, views, generator=generator, dtype=dtype)
+    if case.get("contrasts"):
+        m = n if kind == "none" else n + 2
+        batch["contrast_inputs"] = torch.randn(m, D_IN, generator=generator, dtype=dtype)
+        if kind == "hard":
+            batch["contrast_labels"] = torch.randint(C, (m,), generator=generator)
+        elif kind == "soft":
+            batch["contrast_labels"] = soft(m)
+        if case.get("teacher"):
+            batch["contrast_teacher_labels"] = soft(m)
+    return batch
+
+
+def compute(case: dict[str, Any], batch: dict[str, Any], group: Any = None) -> dict[str, torch.Tensor]:
+    """The loss, and the gradients that DDP would have averaged."""
+    generator = torch.Generator().manual_seed(99)
+    weight = torch.randn(D_IN, D, generator=generator, dtype=batch["inputs"].dtype).requires_grad_()
+    temperature: Any = case.get("temperature", 0.2)
+    leaves = [weight]
+    if case.get("learnable"):
+        temperature = torch.tensor(temperature, dtype=weight.dtype, requires_grad=True)
+        leaves.append(temperature)
+    tensors = {name: value for name, value in batch.items() if not name.endswith("inputs")}
+    if "contrast_inputs" in batch:
+        keys = batch["contrast_inputs"] @ weight
+        tensors["contrast_features"] = keys.detach() if case["contrasts"] == "detached" else keys
+    if case.get("label_gradient"):
+        shift = torch.zeros(C, dtype=weight.dtype, requires_grad=True)
+        leaves.append(shift)
+        tensors["labels"] = torch.softmax(tensors["labels"].log() + shift, -1)
+    loss = gen_supcon_loss(
+        batch["inputs"] @ weight, temperature=temperature, group=group, **tensors, **case.get("options", {})
+    )
+    gradients = torch.autograd.grad(loss.sum() * case.get("loss_scale", 1.0), leaves)
+    if group is not None:
+        gradients = [sum_of(gradient, group) / dist.get_world_size(group) for gradient in gradients]
+    return {"loss": loss.detach(), **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
+
+
+def sum_of(x: torch.Tensor, group: Any) -> torch.Tensor:
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def together(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: None if value is None else torch.cat([b[name] for b in batches]) for name, value in batches[0].items()}
+
+
+def options(**values: Any) -> dict[str, Any]:
+    return {"options": values}
+
+
+CASES: dict[str, dict[str, Any]] = {}
+for mode, kind in itertools.product(("all", "first", "one"), ("hard", "soft", "per view", "none")):
+    CASES[f"{mode}, {kind}"] = {"labels": kind, **options(contrast_mode=mode)}
+for kind, contrasts in itertools.product(("hard", "soft", "none"), ("with gradient", "detached")):
+    CASES[f"contrasts {contrasts}, {kind}"] = {"labels": kind, "contrasts": contrasts, "views": 1}
+CASES |= {
+    "one view": {"views": 1},
+    "one view, soft": {"views": 1, "labels": "soft"},
+    "float classes": {"labels": "float"},
+    "teacher": {"teacher": True, **options(teacher_weight=0.7)},
+    "teacher, soft": {"labels": "soft", "teacher": True},
+    "teacher, contrasts": {"labels": "soft", "teacher": True, "contrasts": "with gradient"},
+    "weights": {"weights": True},
+    "weights, sum": {"weights": True, **options(reduction="sum")},
+    "sum": options(reduction="sum"),
+    "sum, soft": {"labels": "soft", **options(reduction="sum")},
+    "empty anchors ignored": {"labels": "alone", "views": 1, **options(empty_anchors="ignore")},
+    "empty anchors zero": {"labels": "alone", "views": 1},
+    "empty anchors ignored, weights": {"labels": "alone", "views": 1, "weights": True, **options(empty_anchors="ignore")},
+    "learnable": {"learnable": True},
+    "learnable, soft, first": {"learnable": True, "labels": "soft", **options(contrast_mode="first")},
+    "learnable, dense": {"learnable": True, "labels": "soft", **options(backend="dense")},
+    "not normalised": options(normalize=False),
+    "not normalised, huge": {"temperature": 1e-3, **options(normalize=False)},
+    "no base temperature": options(base_temperature=None),
+    "sharp labels": {"labels": "soft", "sharpness": 30.0},
+    "label gradient": {"labels": "soft", "label_gradient": True},
+    "dense": options(backend="dense"),
+    "dense, first": {"labels": "soft", **options(backend="dense", contrast_mode="first")},
+    "dense, contrasts": {"labels": "soft", "contrasts": "with gradient", **options(backend="dense")},
+    "scaled": {"loss_scale": 1024.0},
+}
+
+
+def exact_everywhere(sizes: tuple[int, ...], names: list[str]) -> dict[str, dict[str, float]]:
+    """The largest errors of each case, relative to the largest number."""
+    rank = dist.get_rank()
+    errors = {}
+    for name in names:
+        case = CASES[name]
+        batches = [batch_of(case, n, seed) for seed, n in enumerate(sizes)]
+        ours, exact = compute(case, batches[rank], dist.group.WORLD), compute(case, together(batches))
+        errors[name] = {
+            key: float((ours[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)) for key, value in exact.items()
+        }
+    return errors
+
+
+@pytest.mark.parametrize("world, sizes", [(world, sizes) for world, some in SIZES.items() for sizes in some])
+def test_loss_and_gradients_are_those_of_one_process(world, sizes, tmp_path: Path):
+    for errors in distributed.run(world, exact_everywhere, tmp_path, sizes, list(CASES)):
+        assert not {name: found for name, found in errors.items() if not max(found.values()) <= 1e-10}
+
+
+def exact_at_random(world: int, rounds: int) -> list[str]:
+    generator = torch.Generator().manual_seed(world)
+    wrong = []
+    for number in range(rounds):
+        sizes = tuple(torch.randint(1, 9, (world,), generator=generator).tolist())
+        name = list(CASES)[int(torch.randint(len(CASES), (), generator=generator))]
+        if not max(exact_everywhere(sizes, [name])[name].values()) <= 1e-10:
+            wrong.append(f"{number}: {name}, {sizes}")
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_random_sizes(world, tmp_path: Path):
+    assert distributed.run(world, exact_at_random, tmp_path, world, 40) == [[]] * world
+
+
+def single_precision(names: list[str], backend: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    for name in names:
+        CASES[name] = CASES[name] | {"dtype": dtype}
+        CASES[name] |= options(**(CASES[name].get("options", {}) | {"backend": backend}))
+    return exact_everywhere((70, 3), names)
+
+
+KINDS = ["one view", "one view, soft", "first, soft", "one, hard", "contrasts with gradient, soft", "learnable", "teacher"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled", "dense", "triton"])
+def test_single_precision(backend, tmp_path: Path):
+    if backend == "triton" and backend not in available_backends():
+        pytest.skip("needs Triton's interpreter")
+    names = [*KINDS, "not normalised"]
+    for errors in distributed.run(2, single_precision, tmp_path, names, backend, torch.float32):
+        assert not {name: found for name, found in errors.items() if not max(found.values()) <= 2e-5}
+
+
+def own_anchors() -> tuple[torch.Tensor, torch.Tensor]:
+    """reduction="none": losses of this process, and those of the same samples on one process."""
+    case = {"labels": "soft", **options(reduction="none")}
+    batches = [batch_of(case, n, seed) for seed, n in enumerate((3, 5))]
+    rank, first = dist.get_rank(), (0, 3)[dist.get_rank()]
+    losses = compute(case, batches[rank], dist.group.WORLD)["loss"]
+    every = compute(case, together(batches))["loss"].view(2, 8)  # view-major
+    return losses, every[:, first : first + losses.numel() // 2].flatten()
+
+
+def test_without_reduction_each_process_has_the_losses_of_its_anchors(tmp_path: Path):
+    for ours, exact in distributed.run(2, own_anchors, tmp_path):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=0)
+
+
+# ---- Around it: DDP, FSDP, sub-groups, autocast, compiled models, accumulated gradients ----
+
+
+def net(dtype: torch.dtype = torch.float64) -> torch.nn.Sequential:
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(D_IN, 16), torch.nn.Tanh(), torch.nn.Linear(16, D)).to(dtype)
+
+
+class WithLoss(torch.nn.Module):
+    """Encoder and criterion in one module, as DDP wants it where the criterion has a parameter."""
+
+    def __init__(self, encoder: torch.nn.Module, criterion: GenSupConLoss) -> None:
+        super().__init__()
+        self.encoder, self.criterion = encoder, criterion
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.criterion(self.encoder(inputs), labels)
+
+
+def trained(model: torch.nn.Module, batches: list[dict[str, Any]], micro: int = 1) -> list[torch.Tensor]:
+    """Parameters after two steps of gradient descent, each of which accumulates `micro` batches."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for number, batch in enumerate(batches):
+        is_last = (number + 1) % micro == 0
+        with nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():
+            model(batch["inputs"], batch["labels"]).backward()
+        if is_last:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [full(parameter.detach()) for parameter in model.parameters()]
+
+
+def full(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def training_matches(kind: str) -> list[float]:
+    """Relative errors of the parameters against training on one process."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    case: dict[str, Any] = {"labels": "soft"}
+    shares = [[batch_of(case, 2 + 3 * r, 10 * step + r) for r in range(world)] for step in range(4)]
+
+    def model(group: Any) -> WithLoss:
+        return WithLoss(net(), GenSupConLoss(0.2, group=group, learnable_temperature=True).double())
+
+    micro = 2 if kind == "accumulation" else 1
+    exact = trained(model(None), [together(share) for share in shares], micro)
+    ours = model(dist.group.WORLD)
+    if kind == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(ours.encoder, mesh=init_device_mesh("cpu", (world,)))
+        wrapped: torch.nn.Module = ours
+        wrapped.criterion.log_temperature.register_hook(lambda g: sum_of(g, dist.group.WORLD) / world)
+    else:
+        if kind == "compile":
+            ours.encoder = torch.compile(ours.encoder, backend="aot_eager")
+        wrapped = DistributedDataParallel(ours)
+        if kind == "compiled whole":
+            wrapped = torch.compile(wrapped, backend="aot_eager")
+    found = trained(wrapped, [share[rank] for share in shares], micro)
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "accumulation", "fsdp", "compile", "compiled whole"])
+def test_training_matches_one_process(kind, tmp_path: Path):
+    for errors in distributed.run(2, training_matches, tmp_path, kind):
+        assert max(errors) <= 1e-10
+
+
+def in_sub_groups() -> list[float]:
+    """Two groups of two processes have a loss each; averaged over all four, gradients are those of the mean loss."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    case: dict[str, Any] = {"labels": "hard"}
+    batches = [batch_of(case, 2 + r, r) for r in range(4)]
+    own = groups[rank % 2]
+    ours = compute(case, batches[rank], own)
+    exact = [compute(case, together([batches[i], batches[i + 2]])) for i in range(2)]
+    over_all = sum_of(ours["gradient 0"] / 2, dist.group.WORLD) / 2  # `compute` has averaged within the group
+    mean = (exact[0]["gradient 0"] + exact[1]["gradient 0"]) / 2
+    return [
+        float((ours["loss"] - exact[rank % 2]["loss"]).abs()),
+        float((ours["gradient 0"] - exact[rank % 2]["gradient 0"]).abs().max()),
+        float((over_all - mean).abs().max()),
+    ]
+
+
+def test_sub_groups(tmp_path: Path):
+    for errors in distributed.run(4, in_sub_groups, tmp_path):
+        assert max(errors) <= 1e-12
+
+
+def under_autocast() -> tuple[torch.dtype, float, float]:
+    case: dict[str, Any] = {"dtype": torch.float32, "labels": "soft"}
+    batches = [batch_of(case, 20, seed) for seed in range(2)]
+    features = [batch["inputs"].to(torch.bfloat16) for batch in batches]
+
+    def gradient(x: torch.Tensor, labels: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = gen_supcon_loss(leaf, labels, group=group)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0].float()
+
+    rank = dist.get_rank()
+    ours, d_ours = gradient(features[rank], batches[rank]["labels"], dist.group.WORLD)
+    exact, d_exact = gradient(torch.cat(features), torch.cat([batch["labels"] for batch in batches]), None)
+    d_exact = 2 * d_exact[20 * rank : 20 * rank + 20]
+    return ours.dtype, float((ours - exact).abs() / exact), float((d_ours - d_exact).abs().max() / d_exact.abs().max())
+
+
+def test_autocast_and_half_precision(tmp_path: Path):
+    for dtype, error, gradient_error in distributed.run(2, under_autocast, tmp_path):
+        assert dtype == torch.float32
+        assert error <= 1e-6
+        assert gradient_error <= 2**-8  # the gradient itself is rounded to bfloat16
+
+
+def second_derivatives() -> list[str]:
+    case: dict[str, Any] = {"labels": "soft"}
+    batches = [batch_of(case, n, seed) for seed, n in enumerate((3, 2))]
+    found = []
+    for backend in ("dense", "tiled"):
+        norms = []
+        for group, batch in ((dist.group.WORLD, batches[dist.get_rank()]), (None, together(batches))):
+            leaf = batch["inputs"].clone().requires_grad_()
+            loss = gen_supcon_loss(leaf, batch["labels"], backend=backend, group=group)
+            (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            try:
+                penalty = first.square().sum()
+                (second,) = torch.autograd.grad(penalty, leaf)
+                norms.append(second)
+            except RuntimeError as error:
+                found.append(f"{backend}: {error}")
+        if len(norms) == 2:
+            world, first_row = 2, (0, 3)[dist.get_rank()]
+            exact = world**2 * norms[1][first_row : first_row + len(norms[0])]
+            found.append(f"{backend}: {float((norms[0] - exact).abs().max() / exact.abs().max()) < 1e-9}")
+    return found
+
+
+def test_second_derivatives_are_right_or_refused(tmp_path: Path):
+    for dense, *others in distributed.run(2, second_derivatives, tmp_path):
+        assert dense == "dense: True"
+        assert others
+        assert all(text.startswith("tiled: ") and "True" not in text and "False" not in text for text in others)
