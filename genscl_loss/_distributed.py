@@ -43,7 +43,7 @@ class Members(NamedTuple):
         try:
             backends = dist.get_backend_config(group)
             rank, size = dist.get_rank(group), dist.get_world_size(group)
-        except (ValueError, RuntimeError, KeyError, AssertionError) as error:
+        except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
             raise ValueError("group is not initialized, or was destroyed") from error
         if rank < 0:
             raise ValueError("group does not contain this process")

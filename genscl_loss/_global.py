@@ -24,19 +24,16 @@ from genscl_loss._unit import unit_pair, unit_rows
 
 def facts(batch: Batch) -> dict[str, object]:
     """What all processes of a group must have in common: else they would communicate at cross purposes."""
-    contrasts = batch.contrasts
+    contrasts, weight = batch.contrasts, batch.sample_weight
     return {
         "views of features": batch.num_views,
         "D of features": batch.anchors.shape[1],
         "dtype of features": batch.given,
         "gradient of features": _has_gradient(batch.anchors),
-        "contrasts": "the anchors" if contrasts is None else "some rows" if batch.self_offset is None else "all rows",
         "gradient of contrasts": contrasts is not None and _has_gradient(contrasts),
         "labels": _describe(batch.labels),
         "teacher_labels": batch.teacher_labels and _describe(batch.teacher_labels),
-        "sample_weight": None
-        if batch.sample_weight is None
-        else f"given, gradient {_has_gradient(batch.sample_weight)}",
+        "sample_weight": None if weight is None else "with gradient" if _has_gradient(weight) else "given",
         "normalize": batch.normalize,
     }
 

@@ -147,7 +147,16 @@ def gen_supcon_loss(
         )
         weight = check_number("teacher_weight", teacher_weight)
         scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
-        return _Problem(batch, scale, factor, weight, reduction, empty_anchors, backend)
+        options: dict[str, object] = {
+            "temperature": temperature,
+            "base_temperature": base_temperature,
+            "contrast_mode": contrast_mode,
+            "contrast_features": None if contrast_features is None else "given",
+            "empty_anchors": empty_anchors,
+            "reduction": reduction,
+            "teacher_weight": weight,
+        }
+        return _Problem(batch, scale, factor, weight, reduction, empty_anchors, backend, options)
 
     return _loss(prepare()) if group is None else _loss_of_group(group, prepare)
 
@@ -162,6 +171,7 @@ class _Problem(NamedTuple):
     reduction: str
     empty_anchors: str
     backend: str
+    options: dict[str, object]  # as given, for messages
 
 
 def _loss(problem: _Problem) -> Tensor:
@@ -175,14 +185,8 @@ def _loss_of_group(group: object, prepare: Callable[[], _Problem]) -> Tensor:
         problem = prepare()
         batch = problem.batch
         backend = choose(problem.backend, batch.anchors, batch.num_contrasts, may_be_dense=False)
-        agreed = facts(batch) | {
-            "temperature": _told(problem.scale.reciprocal()),
-            "base_temperature": f"tau / {_told(problem.scale * problem.factor)}",
-            "teacher_weight": problem.teacher_weight,
-            "reduction": problem.reduction,
-            "empty_anchors": problem.empty_anchors,
-            "backend": backend,
-        }
+        agreed = {name: _told(value) for name, value in problem.options.items()}
+        agreed |= facts(batch) | {"backend": backend}
         sizes = batch.anchors.shape[0], batch.num_contrast_rows
     except Exception as error:
         members.refuse(error, 2)
@@ -199,10 +203,11 @@ def _loss_of_group(group: object, prepare: Callable[[], _Problem]) -> Tensor:
 _loss_of_group._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def _told(x: Tensor) -> str:
-    """A number, if the host knows it."""
-    shown = f"{float(x.detach()):.7g}" if x.device.type == "cpu" else "a tensor"
-    return f"{shown}, with gradient" if x.requires_grad else shown
+def _told(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    shown = f"{float(value.detach()):.7g}" if value.device.type == "cpu" else "a tensor"
+    return f"{shown}, with gradient" if value.requires_grad else shown
 
 
 def _total(

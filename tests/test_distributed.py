@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ import distributed
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from genscl_loss import GenSupConLoss, available_backends, gen_supcon_loss
+from genscl_loss import GenSupConLoss, _distributed, available_backends, collapsed_loss, gen_supcon_loss
 
 SIZES = {2: [(4, 4), (1, 5)], 3: [(3, 3, 3), (1, 6, 2)], 4: [(2, 2, 2, 2), (3, 1, 5, 1)]}
 D_IN, D, C = 5, 7, 4
@@ -31,7 +35,9 @@ def batch_of(case: dict[str, Any], n: int, seed: int) -> dict[str, Any]:
     batch: dict[str, Any] = {"inputs": torch.randn(n, views, D_IN, generator=generator, dtype=dtype)}
     alone = torch.arange(n) + 100 * seed  # most anchors without a positive anywhere
     alone[0] = 0
-    labels = {"hard": hard, "float": hard / 2 + 0.5, "soft": soft(n), "per view": soft(n, views), "alone": alone}.get(kind)
+    labels = {"hard": hard, "float": hard / 2 + 0.5, "soft": soft(n), "per view": soft(n, views), "alone": alone}.get(
+        kind
+    )
     batch["labels"] = labels
     if case.get("teacher"):
         batch["teacher_labels"] = soft(n)
@@ -82,7 +88,9 @@ def sum_of(x: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def together(batches: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: None if value is None else torch.cat([b[name] for b in batches]) for name, value in batches[0].items()}
+    return {
+        name: None if value is None else torch.cat([b[name] for b in batches]) for name, value in batches[0].items()
+    }
 
 
 def options(**values: Any) -> dict[str, Any]:
@@ -107,7 +115,12 @@ CASES |= {
     "sum, soft": {"labels": "soft", **options(reduction="sum")},
     "empty anchors ignored": {"labels": "alone", "views": 1, **options(empty_anchors="ignore")},
     "empty anchors zero": {"labels": "alone", "views": 1},
-    "empty anchors ignored, weights": {"labels": "alone", "views": 1, "weights": True, **options(empty_anchors="ignore")},
+    "empty anchors ignored, weights": {
+        "labels": "alone",
+        "views": 1,
+        "weights": True,
+        **options(empty_anchors="ignore"),
+    },
     "learnable": {"learnable": True},
     "learnable, soft, first": {"learnable": True, "labels": "soft", **options(contrast_mode="first")},
     "learnable, dense": {"learnable": True, "labels": "soft", **options(backend="dense")},
@@ -132,7 +145,8 @@ def exact_everywhere(sizes: tuple[int, ...], names: list[str]) -> dict[str, dict
         batches = [batch_of(case, n, seed) for seed, n in enumerate(sizes)]
         ours, exact = compute(case, batches[rank], dist.group.WORLD), compute(case, together(batches))
         errors[name] = {
-            key: float((ours[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)) for key, value in exact.items()
+            key: float((ours[key] - value).abs().max() / value.abs().max().clamp(min=1e-12))
+            for key, value in exact.items()
         }
     return errors
 
@@ -166,7 +180,15 @@ def single_precision(names: list[str], backend: str, dtype: torch.dtype) -> dict
     return exact_everywhere((70, 3), names)
 
 
-KINDS = ["one view", "one view, soft", "first, soft", "one, hard", "contrasts with gradient, soft", "learnable", "teacher"]
+KINDS = [
+    "one view",
+    "one view, soft",
+    "first, soft",
+    "one, hard",
+    "contrasts with gradient, soft",
+    "learnable",
+    "teacher",
+]
 
 
 @pytest.mark.parametrize("backend", ["auto", "tiled", "dense", "triton"])
@@ -342,3 +364,222 @@ def test_second_derivatives_are_right_or_refused(tmp_path: Path):
         assert dense == "dense: True"
         assert others
         assert all(text.startswith("tiled: ") and "True" not in text and "False" not in text for text in others)
+
+
+# ---- What is wrong is said on every process ----
+
+
+def wrong_somewhere() -> dict[str, str]:
+    """What each process says where the last one, or all, have something wrong."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    last = rank == world - 1
+    z, y = torch.randn(3, 2, D), torch.tensor([0, 0, 1])
+    soft = torch.rand(3, C)
+    leaf = z.clone().requires_grad_()
+
+    def when(condition: bool, value: Any, other: Any = None) -> Any:
+        return value if condition else other
+
+    some = dist.new_group([0])
+    calls = {
+        "D": lambda: loss(when(last, z[..., :5], z), y),
+        "classes": lambda: loss(z, when(last, soft[:, :2], soft)),
+        "kind of labels": lambda: loss(z, when(last, soft, y)),
+        "dtype of labels": lambda: loss(z, when(last, y.float(), y)),
+        "dtype": lambda: loss(when(last, z.double(), z), y),
+        "half": lambda: loss(when(last, z.half(), z), y),
+        "views": lambda: loss(when(last, z[:, :1], z), y),
+        "gradient": lambda: loss(when(last, z, leaf), y),
+        "mode": lambda: loss(z, y, contrast_mode=when(last, "first", "all")),
+        "one or contrasts": lambda: loss(z, y, **when(last, {"contrast_features": z[:, 0], "contrast_labels": y}, {})),
+        "temperature": lambda: loss(z, y, temperature=when(last, 0.07000001, 0.07)),
+        "learnable": lambda: loss(z, y, temperature=torch.tensor(0.1, requires_grad=last)),
+        "base_temperature": lambda: loss(z, y, base_temperature=when(last, None, 0.07)),
+        "teacher": lambda: loss(z, y, teacher_labels=when(last, soft)),
+        "teacher_weight": lambda: loss(z, y, teacher_labels=soft, teacher_weight=when(last, 2.0, 1.0)),
+        "weights": lambda: loss(z, y, sample_weight=when(last, torch.ones(3))),
+        "reduction": lambda: loss(z, y, reduction=when(last, "sum", "mean")),
+        "empty_anchors": lambda: loss(z, y, empty_anchors=when(last, "ignore", "zero")),
+        "normalize": lambda: loss(z, y, normalize=not last),
+        "backend": lambda: loss(z, y, backend=when(last, "dense", "tiled")),
+        "bad labels": lambda: loss(z, when(last, y[:2], y)),
+        "bad labels on all": lambda: loss(z, y[:2]),
+        "bad temperature": lambda: loss(z, y, temperature=when(last, -1.0, 0.07)),
+        "NaN in labels": lambda: loss(z, when(last, soft * float("nan"), soft)),
+        "empty batch": lambda: loss(when(last, z[:0], z), when(last, y[:0], y)),
+        "similarity": lambda: loss(z, None, label_similarity=torch.ones(3, 3)),
+        "not a group": lambda: gen_supcon_loss(z, y, group="world"),
+        "not a member": lambda: gen_supcon_loss(z, y, group=some) if rank else None,
+    }
+
+    def loss(features: torch.Tensor, labels: Any, **options: Any) -> None:
+        gen_supcon_loss(features, labels, group=dist.group.WORLD, **options)
+
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+            said[name] = ""
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    # After all these errors processes still understand each other.
+    said["then"] = f"{float(gen_supcon_loss(torch.ones(2, 2, 3), group=dist.group.WORLD)):.6f}"
+    return said
+
+
+DIFFER = r"^ValueError: group: processes differ in {}: {} on processes 0, 1; {} on process 2$"
+SAID = {
+    "D": ("D of features", "7", "5"),
+    "classes": ("labels", "vectors of 4 classes", "vectors of 2 classes"),
+    "kind of labels": ("labels", r"class numbers, torch\.int64", "vectors of 4 classes"),
+    "dtype of labels": ("labels", r"class numbers, torch\.int64", r"class numbers, torch\.float32"),
+    "dtype": ("dtype of features", r"torch\.float32", r"torch\.float64"),
+    "half": ("dtype of features", r"torch\.float32", r"torch\.float16"),
+    "views": ("views of features", "2", "1"),
+    "gradient": ("gradient of features", "True", "False"),
+    "mode": ("contrast_mode", "all", "first"),
+    "one or contrasts": ("contrast_features", "None", "given"),
+    "temperature": ("temperature", r"0\.07", r"0\.07000001"),
+    "learnable": ("temperature", r"0\.1", r"0\.1, with gradient"),
+    "base_temperature": ("base_temperature", r"0\.07", "None"),
+    "teacher": ("teacher_labels", "None", "vectors of 4 classes"),
+    "teacher_weight": ("teacher_weight", r"1\.0", r"2\.0"),
+    "weights": ("sample_weight", "None", "given"),
+    "reduction": ("reduction", "mean", "sum"),
+    "empty_anchors": ("empty_anchors", "zero", "ignore"),
+    "normalize": ("normalize", "True", "False"),
+    "backend": ("backend", "tiled", "dense"),
+}
+REFUSED = {
+    "bad labels": r"ValueError: labels must be",
+    "bad temperature": r"ValueError: temperature must be",
+    "NaN in labels": r"ValueError: labels has NaN",
+    "empty batch": r"ValueError: features must be .* none of the sizes zero",
+}
+
+
+def test_every_process_says_what_is_wrong(tmp_path: Path):
+    results = distributed.run(3, wrong_somewhere, tmp_path)
+    for rank, said in enumerate(results):
+        for name, values in SAID.items():
+            assert re.search(DIFFER.format(*values), said.pop(name)), (rank, name, results[rank])
+        for name, text in REFUSED.items():
+            prefix = "^" if rank == 2 else "^ValueError: group: process 2 could not take part: "
+            assert re.search(prefix + text, said.pop(name)), (rank, name)
+        assert re.search("^ValueError: labels must be", said.pop("bad labels on all"))
+        assert re.search("^ValueError: label_similarity cannot be combined with group", said.pop("similarity"))
+        assert re.search("^TypeError: group must be a torch.distributed.ProcessGroup.*got str", said.pop("not a group"))
+        member = said.pop("not a member")
+        assert not member if rank == 0 else re.search("^ValueError: group does not contain this process", member)
+        assert float(said.pop("then")) == pytest.approx(collapsed_loss(11), rel=1e-5)
+        assert not said
+
+
+def test_a_group_before_initialization():
+    features = torch.randn(4, 2, 3)
+    with pytest.raises(TypeError, match=r"^group must be a torch\.distributed\.ProcessGroup"):
+        gen_supcon_loss(features, group=True)
+    with pytest.raises(TypeError, match=r"^group must be a torch\.distributed\.ProcessGroup"):
+        GenSupConLoss(group="world")
+    if dist.group.WORLD is None:
+        assert gen_supcon_loss(features, group=dist.group.WORLD) == gen_supcon_loss(features)
+
+
+def copies_and_pickles() -> list[str]:
+    criterion = GenSupConLoss(group=dist.group.WORLD)
+    said = [str(copy.deepcopy(criterion).group is dist.group.WORLD), str(criterion)]
+    try:
+        pickle.dumps(criterion)
+    except TypeError as error:
+        said.append(str(error))
+    criterion.group = None
+    said.append(str(pickle.loads(pickle.dumps(criterion)).group))
+    group = dist.new_group([0, 1])
+    dist.destroy_process_group(group)
+    try:
+        gen_supcon_loss(torch.randn(4, 2, 3), group=group)
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
+def test_modules_with_a_group(tmp_path: Path):
+    for same, shown, error, without, destroyed in distributed.run(2, copies_and_pickles, tmp_path):
+        assert same == "True"
+        assert "group=" in shown
+        assert error.startswith("group cannot be pickled")
+        assert without == "None"
+        assert destroyed == "group is not initialized, or was destroyed"
+
+
+# ---- What it costs ----
+
+
+class Counted:
+    """Bytes that collectives bring to this process, and how many of them there are."""
+
+    def __init__(self) -> None:
+        self.bytes, self.calls = 0, 0
+
+    def __enter__(self) -> Counted:
+        self.kept = {name: getattr(place, name) for place, name in self.places()}
+        for place, name in self.places():
+            setattr(place, name, self.counting(self.kept[name]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for place, name in self.places():
+            setattr(place, name, self.kept[name])
+
+    @staticmethod
+    def places() -> list[tuple[Any, str]]:
+        return [(_distributed, "_all_gather"), (dist, "all_reduce"), (dist, "all_to_all_single")]
+
+    def counting(self, function: Any) -> Any:
+        def counted(out: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if out.nbytes > 128:  # sizes and sums of the loss
+                self.bytes += out.nbytes
+                self.calls += 1
+            return function(out, *args, **kwargs)
+
+        return counted
+
+
+def bytes_of_a_step(case: dict[str, Any], n: int) -> tuple[tuple[int, int], tuple[int, int], int]:
+    batch = batch_of(case, n, dist.get_rank())
+    leaf = torch.randn(n, case["views"], D, requires_grad=True)
+    largest = Largest()
+    with largest, Counted() as forward:
+        loss = gen_supcon_loss(leaf, batch["labels"], group=dist.group.WORLD, **case.get("options", {}))
+    with largest, Counted() as backward:
+        loss.backward()
+    return (forward.bytes, forward.calls), (backward.bytes, backward.calls), largest.numel
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_bytes_of_a_self_contrast(kind, tmp_path: Path):
+    """As docs/distributed.md counts them: rows in the forward pass, a few numbers of each in the backward pass."""
+    world, n = 2, 700
+    rows = world * 2 * n
+    case = {"labels": kind, "views": 2, "dtype": torch.float32}
+    for forward, backward, largest in distributed.run(world, bytes_of_a_step, tmp_path, case, n):
+        if kind == "hard":
+            assert forward == (rows * (4 * D + 8), 2)
+            assert backward == (rows * (2 * 4 + 4), 2)
+        else:
+            assert forward == (rows * 4 * D + 8 * C * (D + 1), 2)
+            assert backward == (rows * 2 * 4 + 8 * C * (D + 1), 2)
+        assert largest < rows * 2 * n / 2  # no matrix of all pairs, not even of this process's anchors
