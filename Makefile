@@ -17,7 +17,7 @@ help:  ## Show this list
 setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
 
 test: lint types setup  ## Lint, check types, run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup  ## Run ruff
 	$(BIN)/python -m ruff check .

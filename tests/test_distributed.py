@@ -547,7 +547,7 @@ class Counted:
 
 def bytes_of_a_step(case: dict[str, Any], n: int) -> tuple[tuple[int, int], tuple[int, int], int]:
     batch = batch_of(case, n, dist.get_rank())
-    leaf = torch.randn(n, case["views"], D, requires_grad=True)
+    leaf = torch.randn(n, case["views"], D).to(case.get("features", torch.float32)).requires_grad_()
     largest = Largest()
     with largest, Counted() as forward:
         loss = gen_supcon_loss(leaf, batch["labels"], group=dist.group.WORLD, **case.get("options", {}))
@@ -569,17 +569,19 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_bytes_of_a_self_contrast(kind, tmp_path: Path):
+def test_bytes_of_a_self_contrast(kind, features, tmp_path: Path):
     """As docs/distributed.md counts them: rows in the forward pass, a few numbers of each in the backward pass."""
     world, n = 2, 700
     rows = world * 2 * n
-    case = {"labels": kind, "views": 2, "dtype": torch.float32}
+    case = {"labels": kind, "views": 2, "dtype": torch.float32, "features": features}
+    size = features.itemsize
     for forward, backward, largest in distributed.run(world, bytes_of_a_step, tmp_path, case, n):
         if kind == "hard":
-            assert forward == (rows * (4 * D + 8), 2)
+            assert forward == (rows * (size * D + 8), 2)
             assert backward == (rows * (2 * 4 + 4), 2)
         else:
-            assert forward == (rows * 4 * D + 8 * C * (D + 1), 2)
+            assert forward == (rows * size * D + 8 * C * (D + 1), 2)
             assert backward == (rows * 2 * 4 + 8 * C * (D + 1), 2)
         assert largest < rows * 2 * n / 2  # no matrix of all pairs, not even of this process's anchors
