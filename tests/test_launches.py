@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from genscl_loss import _attract, _backends, available_backends, gen_supcon_loss
-from genscl_loss._backends import fused
+from genscl_loss import _attract, available_backends, gen_supcon_loss
+from genscl_loss._backends import fused, operator
 
 # What only looks at memory or takes some.
 FREE = {"alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "expand", "lift_fresh", "new_empty"}
@@ -19,7 +19,7 @@ FREE |= {"_unsafe_view", "_local_scalar_dense"}
 FREE |= {"aminmax", "max"}
 FREE |= {"full"}  # the temperature, on the host
 KERNELS = {"attract": _attract._kernel, "attract_grad": _attract._grad_kernel}
-PAIRWISE = {"row_lse": _backends._lse_kernel, "row_lse_grad": _backends._grad_kernel}
+PAIRWISE = {"row_lse": operator._lse_kernel, "row_lse_grad": operator._grad_kernel}
 
 
 class Launches(TorchDispatchMode):

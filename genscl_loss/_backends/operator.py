@@ -1,0 +1,281 @@
+"""The row log-sum-exp as an operator of torch, whichever backend computes it, and its derivative."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscl_loss._backends import dense, fused, tiled
+from genscl_loss._library import define_operator, without_autocast
+
+
+def row_lse(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    *,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """Log-sum-exp over the contrasts of each anchor, without the anchor itself.
+
+    Args:
+        anchors: (A, D), float32 or float64.
+        contrasts: (M, D) of the same dtype, M > 0; None contrasts the anchors with themselves (M = A, self_offset = 0).
+        scale: 0-dim tensor, one over the temperature.
+        self_offset: anchor i is contrast i + self_offset; None if no anchor is among the contrasts.
+        unit: Whether no row is longer than one.
+        precision: "highest" for all digits of float32; "high" and "medium" allow products of 10 bits. As in
+            `torch.set_float32_matmul_precision`. On CPUs always "highest".
+        backend: One of `BACKENDS` but "auto".
+
+    Returns:
+        (A,); -inf for an anchor that has no contrast.
+    """
+    if backend == "dense":
+        return dense.row_lse(anchors, anchors if contrasts is None else contrasts, scale, self_offset)
+    if backend == "triton" and not unit:
+        anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
+    lse: Tensor = _row_lse(anchors, contrasts, scale, self_offset, unit, precision, backend)[0]
+    return lse
+
+
+def _entries_up_to_one(
+    anchors: Tensor, contrasts: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same logits from rows that fp16 can hold: anchors and contrasts each divided by a power of two."""
+    factor = _power_of_two(anchors)
+    other_factor = factor if contrasts is None else _power_of_two(contrasts)
+    scale = scale.to(anchors.device) / factor / other_factor
+    return anchors * factor, None if contrasts is None else contrasts * other_factor, scale
+
+
+def _power_of_two(rows: Tensor) -> Tensor:
+    """What brings the largest entry between a half and one."""
+    largest = rows.detach().abs().amax()
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+
+
+def _lse_kernel(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result; then, as the backward pass wants them, what it was made of, anchors and contrasts.
+
+    Empty where the result, the anchors or the contrasts themselves are wanted.
+    """
+    if backend == "tiled":
+        nothing = (anchors.new_empty(0), _no_rows(anchors), _no_rows(anchors))
+        return tiled.row_lse(anchors, contrasts, scale, self_offset), *nothing
+    lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision)
+    return lse, sums, rows, _no_rows(anchors) if cols is None else cols
+
+
+def _no_rows(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float16)
+
+
+def _lse_fake(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def split(rows: Tensor | None) -> Tensor:
+        if backend == "tiled" or rows is None:
+            return _no_rows(anchors)
+        return rows.new_empty(fused.split_shape(rows.shape[0], rows.shape[1], precision), dtype=torch.float16)
+
+    n = anchors.shape[0]
+    sums = anchors.new_empty(0 if backend == "tiled" else (2, n))
+    return anchors.new_empty(n), sums, split(anchors), split(contrasts)
+
+
+def _lse_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    anchors, contrasts, scale, ctx.self_offset, ctx.unit, _, ctx.backend = inputs
+    lse, sums, rows, cols = output
+    ctx.mark_non_differentiable(rows, cols)  # not the sums: through them a second derivative finds its refusal
+    ctx.set_materialize_grads(False)
+    # Split rows take the place of the rows themselves, whose memory is then free before the backward pass.
+    kept = (lse, anchors, contrasts) if ctx.backend == "tiled" else (sums, rows, None if contrasts is None else cols)
+    ctx.save_for_backward(*kept, scale, anchors if scale.requires_grad else None)
+    ctx.sizes = (anchors.shape[0] if contrasts is None else contrasts.shape[0], anchors.shape[1])
+
+
+def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    sums, rows, cols, scale, anchors = ctx.saved_tensors
+    _, contrasts_need_grad, scale_needs_grad, *_ = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * 7
+    d_anchors, d_contrasts = _row_lse_grad(
+        grad, sums, rows, cols, scale, ctx.self_offset, ctx.unit, *ctx.sizes, contrasts_need_grad, ctx.backend
+    )
+    d_scale = None
+    if scale_needs_grad:
+        # lse depends on scale through scale * anchors only. In a self-contrast d_anchors holds both sides: count half.
+        d_scale = (anchors * d_anchors).sum() / (scale if cols is not None else 2 * scale)
+        d_scale = d_scale.to(scale.dtype)
+    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, None, None, None, None
+
+
+def _grad_kernel(
+    grad: Tensor,
+    sums: Tensor,
+    rows: Tensor,
+    cols: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    num_contrasts: int,
+    num_features: int,
+    contrasts_need_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "tiled":
+        d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, self_offset, contrasts_need_grad)
+    else:
+        d_anchors, d_contrasts = fused.row_lse_grad(
+            grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, contrasts_need_grad
+        )
+    return d_anchors, grad.new_empty(0) if d_contrasts is None else d_contrasts
+
+
+def _grad_fake(
+    grad: Tensor,
+    sums: Tensor,
+    rows: Tensor,
+    cols: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    num_contrasts: int,
+    num_features: int,
+    contrasts_need_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (num_contrasts, num_features) if cols is not None and contrasts_need_grad else (0,)
+    return grad.new_empty(grad.shape[0], num_features), grad.new_empty(shape)
+
+
+def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.backend = inputs[-1]
+
+
+def _grad_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        f'backend "{ctx.backend}" has no second derivative; pass backend="dense" to differentiate the loss twice'
+    )
+
+
+_row_lse = define_operator(
+    "row_lse",
+    "(Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset, bool unit, str precision, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_lse_kernel,
+    fake=_lse_fake,
+    setup_context=_lse_setup_context,
+    backward=_lse_backward,
+)
+_row_lse_grad = define_operator(
+    "row_lse_grad",
+    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, SymInt? self_offset, bool unit,"
+    " SymInt num_contrasts, SymInt num_features, bool contrasts_need_grad, str backend) -> (Tensor, Tensor)",
+    kernel=_grad_kernel,
+    fake=_grad_fake,
+    setup_context=_grad_setup_context,
+    backward=_grad_backward,
+)
+
+
+# ---- Rows that have several owners ----
+
+
+def mirrored_row_lse(
+    rows: Tensor,
+    every: Tensor,
+    scale: Tensor,
+    self_offset: int,
+    share: Callable[[Tensor], Tensor],
+    *,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """`row_lse` of some rows among all rows, others of which have owners that call this too.
+
+    Logits are symmetric: the gradient of a row as a contrast of others needs only what is known of these others, their
+    rows and two or three numbers each. It is one pass over the same pairs, and no gradient travels.
+
+    Args:
+        rows: (A, D).
+        every: (M, D), rows i + self_offset of which are `rows`; no gradient.
+        scale: 0-dim tensor.
+        self_offset: Where `rows` begin.
+        share: Takes numbers of these rows, (A, k), returns those of all, (M, k).
+        unit: As in `row_lse`.
+        precision: As in `row_lse`.
+        backend: "tiled" or "triton".
+
+    Returns:
+        (A,). Its gradient is that of the sum over all owners.
+    """
+    lse: Tensor = _MirroredLse.apply(rows, every, scale, self_offset, share, unit, precision, backend)  # type: ignore[no-untyped-call]
+    return lse
+
+
+class _MirroredLse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        every: Tensor,
+        scale: Tensor,
+        self_offset: int,
+        share: Callable[[Tensor], Tensor],
+        unit: bool,
+        precision: str,
+        backend: str,
+    ) -> Tensor:
+        ctx.factor, given = None, (rows, every, scale)
+        if backend == "triton" and not unit:  # as `_entries_up_to_one`, with one factor for the two roles of a row
+            ctx.factor = _power_of_two(every)
+            given = (rows * ctx.factor, every * ctx.factor, scale.to(rows.device) / ctx.factor / ctx.factor)
+        with without_autocast(rows.device):
+            lse, sums, left, right = _lse_kernel(*given, self_offset, unit, precision, backend)
+        kept = (lse, *given[:2]) if backend == "tiled" else (sums, left, right)
+        ctx.save_for_backward(*kept, given[2], scale, rows if ctx.needs_input_grad[2] else None)
+        ctx.options = (self_offset, share, unit, backend, rows.shape)
+        return lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sums, left, right, inner_scale, scale, rows = ctx.saved_tensors
+        self_offset, share, unit, backend, (num_rows, num_features) = ctx.options
+        with without_autocast(grad.device):
+            if backend == "tiled":
+                settled = tiled.settled(grad, sums, left, right, inner_scale, self_offset)
+                grads, lses = share(torch.stack([settled, sums], 1)).unbind(1)
+                d_rows = tiled.mirrored_grad(grads, lses, left, right, inner_scale, self_offset)
+            else:
+                grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
+                d_rows = fused.mirrored_grad(
+                    grads.contiguous(), torch.stack(all_sums), left, right, inner_scale, self_offset, unit,
+                    num_rows, num_features,
+                )  # fmt: skip
+        if ctx.factor is not None:
+            d_rows = d_rows * ctx.factor
+        # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
+        d_scale = ((rows * d_rows).sum() / (2 * scale)).to(scale.dtype) if ctx.needs_input_grad[2] else None
+        return d_rows, None, d_scale, None, None, None, None, None
