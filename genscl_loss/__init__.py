@@ -3,10 +3,12 @@
 from genscl_loss.functional import available_backends, collapsed_loss, gen_supcon_loss, validate
 from genscl_loss.labels import cutmix, mixup, mixup_cutmix, smooth_labels, teacher_labels
 from genscl_loss.module import GenSupConLoss
+from genscl_loss.queue import FeatureQueue
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "FeatureQueue",
     "GenSupConLoss",
     "__version__",
     "available_backends",

@@ -20,7 +20,7 @@ from genscl_loss._library import define_operator, has_fast_float64, matmul
 from genscl_loss._unit import inverse_lengths, unit_pair, unit_rows
 
 _CHUNK = 2**16  # elements of a part of p on CPU, where it stays in cache (512 KiB)
-_CHUNK_ELSEWHERE = 2**19  # where launches cost more
+_CHUNK_ELSEWHERE = 2**20  # where launches cost more (8 MiB)
 _BLOCK = 128  # rows whose mutual similarities are formed where float64 is slow
 _ALL = slice(None)
 

@@ -1,6 +1,7 @@
 """The generalized supervised contrastive loss."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -180,6 +181,18 @@ def _loss(problem: _Problem) -> Tensor:
 
 
 def _loss_of_group(group: object, prepare: Callable[[], _Problem]) -> Tensor:
+    # Communication stays out of compiled graphs, which go on behind it. `torch._dynamo.disable` does that, and would
+    # import the compiler where nothing is compiled.
+    compute = _communicating_loss
+    if "torch._dynamo" in sys.modules:
+        compute = torch._dynamo.disable(compute)  # type: ignore[no-untyped-call]
+    return compute(group, prepare)
+
+
+_loss_of_group._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tensor:
     members = Members.of(group)
     try:
         problem = prepare()
@@ -192,15 +205,10 @@ def _loss_of_group(group: object, prepare: Callable[[], _Problem]) -> Tensor:
         members.refuse(error, 2)
         raise
     num_anchors, counts = zip(*members.agree(agreed, *sizes), strict=True)
-    precision = _precision(batch)
-    options = {"precision": precision, "backend": backend}
-    likelihoods = global_log_likelihoods(batch, problem.scale, members, counts, **options)
+    likelihoods = global_log_likelihoods(
+        batch, problem.scale, members, counts, precision=_precision(batch), backend=backend
+    )
     return _total(problem, likelihoods, sum(num_anchors), members)
-
-
-# Communication stays out of compiled graphs, which go on behind it. As `torch.compiler.disable`, which would import the
-# compiler.
-_loss_of_group._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _told(value: object) -> object:

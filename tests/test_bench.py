@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 # From the bottom to the top: each file imports only from files before it.
 FILES = ["cases", "contenders", "reference", "meters", "measure", "ceilings"]
-FILES += ["roofline", "figures", "report", "plot", "bench_loss"]
+FILES += ["roofline", "figures", "report", "plot", "bench_loss", "bench_distributed"]
 ALONE = {"kernel_report"}  # imports none of them
 
 
