@@ -288,6 +288,33 @@ def test_training_matches_one_process(kind, tmp_path: Path):
         assert max(errors) <= 1e-10
 
 
+def compiled_loss() -> tuple[int, float]:
+    """Graphs that a compiled function with the loss inside has, and the largest error over several sizes."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, case, worst = CompileCounter(), {"labels": "soft"}, 0.0
+    encoder = net()
+
+    @torch.compile(backend=counter)
+    def step(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return 2 * gen_supcon_loss(encoder(inputs) * 3, labels, group=dist.group.WORLD)
+
+    for n in (3, 4, 7, 9):
+        batches = [batch_of(case, n + seed, seed) for seed in range(2)]
+        loss = step(*(batches[dist.get_rank()][name] for name in ("inputs", "labels")))
+        whole = together(batches)
+        exact = 2 * gen_supcon_loss(encoder(whole["inputs"]) * 3, whole["labels"])
+        worst = max(worst, float((loss - exact).detach().abs()))
+    return counter.frame_count, worst
+
+
+def test_compiled_code_around_the_loss(tmp_path: Path):
+    """A graph before it and one after it, and the first one once more for other batch sizes; none of the loss itself."""
+    for graphs, error in distributed.run(2, compiled_loss, tmp_path):
+        assert graphs <= 3
+        assert error <= 1e-12
+
+
 def in_sub_groups() -> list[float]:
     """Two groups of two processes have a loss each; averaged over all four, gradients are those of the mean loss."""
     rank = dist.get_rank()
