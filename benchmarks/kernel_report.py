@@ -6,13 +6,15 @@
 
 The launches are those of `genscl_loss._backends.fused` itself: it runs on tensors without memory, and an object that
 notes the arguments stands where the kernels are. The command ends with 1 if a kernel spills, exceeds a multiprocessor,
-or loses the overlap of matrix products with other instructions, none of which Triton says by itself.
+became a trap for want of tensor memory, or loses the overlap of matrix products with other instructions, none of which
+Triton says by itself.
 
 Columns of the table:
     regs, spill, shared, fit   registers of a thread, bytes spilled to memory, KB of a program, and how many programs
                                fit on a multiprocessor at a time / should, by the tile table
     instr                      machine instructions of a thread in the main loop, predicated ones included, over the
-                               entries of its tile
+                               entries of its tile; too many on sm_100, where loops that wait for matrix products are
+                               inside the main loop and are taken for parts of it
     issue, exp, mma, shared, L2, bound
                                a model, not a measurement: see `model`
 """
@@ -70,6 +72,7 @@ CHIPS = {
     90: Chip(132, 228, 227, 2048, 4096),  # H100, H200
     100: Chip(148, 228, 227, 2048, 8192),  # B200
 }
+TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 L2_BYTES = 32  # per cycle and multiprocessor: an assumption
 
 
@@ -146,7 +149,7 @@ def record(
         "_multiprocessors": lambda device: CHIPS[arch].multiprocessors,
     }
     if plan is not None:
-        block_out = width if plan.block_k == width else plans._BLOCK_OUT
+        block_out = plans.block_out(arch, width, terms, plan)
         replaced["forward_plan"] = lambda *line: plan
         replaced["backward_plan"] = lambda *line: (plan, block_out)
     with mock.patch.multiple(fused, **replaced):
@@ -172,8 +175,9 @@ class Compiled(NamedTuple):
     spilled: int  # bytes stored and loaded
     stack: int
     shared: int
-    tensor_memory: int  # columns, of 512
+    tensor_memory: int  # columns
     serialized: bool  # whether the assembler gave up running matrix products beside other instructions
+    is_trap: bool  # whether the assembler made a kernel that writes nothing and only reports an error when it runs
     loop: dict[str, float]  # how often the main loop has each machine instruction, by its name
 
 
@@ -189,6 +193,8 @@ def compile_launch(launch: Launch) -> Compiled:
     with contextlib.redirect_stdout(remarks):
         made = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
     log = remarks.getvalue()
+    lines = _disassemble(made.asm["cubin"])
+    is_trap = not any((_instruction(line) or "").startswith("STG") for line in lines)
     is_tiled = "BLOCK_EDGE" in launch.constants
     return Compiled(
         registers=_number(r"Used (\d+) registers", log),
@@ -197,7 +203,8 @@ def compile_launch(launch: Launch) -> Compiled:
         shared=made.metadata.shared,
         tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
         serialized="serialized" in log,
-        loop=_main_loop(_disassemble(made.asm["cubin"]), launch) if is_tiled else {},
+        is_trap=is_trap,
+        loop=_main_loop(lines, launch) if is_tiled and not is_trap else {},
     )
 
 
@@ -294,13 +301,17 @@ def fit(launch: Launch, made: Compiled) -> int:
     warps_of_quarter = (1 << 14) // (-(-made.registers // 8) * 8 * 32)
     limits.append(warps_of_quarter * 4 // warps)
     if made.tensor_memory:
-        limits.append(512 // made.tensor_memory)
+        limits.append(TENSOR_MEMORY // made.tensor_memory)
     return min(limits)
 
 
 def faults(launch: Launch, made: Compiled) -> list[str]:
     """What must not be; nothing if all is well."""
     found = []
+    if made.is_trap:
+        found.append("compiled into a trap")
+    if made.tensor_memory > TENSOR_MEMORY:
+        found.append(f"{made.tensor_memory} columns of tensor memory")
     if made.spilled or (made.stack and launch.arch < 100):
         found.append(f"{made.spilled} bytes spilled, {made.stack} bytes of stack")
     if made.shared > CHIPS[launch.arch].shared_per_program * 1024:
@@ -398,7 +409,7 @@ def _row(launch: Launch, made: Compiled) -> SimpleNamespace:
     row.tile = [c[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_EDGE", "BLOCK_K") if name in c]
     row.warps, row.stages = launch.options.get("num_warps", 4), launch.options.get("num_stages", 3)
     row.registers, row.spilled, row.stack, row.shared = made.registers, made.spilled, made.stack, made.shared
-    row.serialized, row.tensor_memory = made.serialized, made.tensor_memory
+    row.serialized, row.is_trap, row.tensor_memory = made.serialized, made.is_trap, made.tensor_memory
     row.fit, row.programs = fit(launch, made), launch.programs
     row.per_pair = per_pair(launch, made) if made.loop else None
     row.model = model(launch, made)._asdict() if made.loop else None

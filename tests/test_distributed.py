@@ -309,7 +309,7 @@ def compiled_loss() -> tuple[int, float]:
 
 
 def test_compiled_code_around_the_loss(tmp_path: Path):
-    """A graph before it and one after it, and the first one once more for other batch sizes; none of the loss itself."""
+    """A graph before it, once more for other batch sizes, and one after it; none of the loss itself."""
     for graphs, error in distributed.run(2, compiled_loss, tmp_path):
         assert graphs <= 3
         assert error <= 1e-12

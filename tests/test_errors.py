@@ -261,7 +261,7 @@ TABLE = [
     ("backend unknown", ONE, {"labels": HARD, "backend": "cuda"}, ValueError, "^backend.*cuda"),
     ("backend unknown", ONE, {"labels": HARD, "backend": "cuda"}, ValueError, "^backend.*triton.*cuda"),
     ("backend None", ONE, {"labels": HARD, "backend": None}, EITHER, "^backend"),
-    ("group", ONE, {"labels": HARD, "group": None}, TypeError, "unexpected keyword argument 'group'"),
+    ("group of a wrong type", ONE, {"labels": HARD, "group": True}, TypeError, "^group.*ProcessGroup.*got bool"),
     ("mask", ONE, {"mask": W}, TypeError, "unexpected keyword argument 'mask'"),
 ]
 
@@ -415,6 +415,7 @@ def test_on_a_gpu_values_are_checked_only_inside_validate(name, value):
 def test_everything_in_all_exists_and_nothing_is_missing():
     names = {
         "gen_supcon_loss",
+        "FeatureQueue",
         "GenSupConLoss",
         "smooth_labels",
         "teacher_labels",
@@ -447,6 +448,7 @@ def test_defaults_are_the_contract():
         "empty_anchors": "zero",
         "normalize": True,
         "reduction": "mean",
+        "group": None,
         "backend": "auto",
     }
 
@@ -466,7 +468,7 @@ def test_the_function_pickles():
         ({"empty_anchors": "skip"}, ValueError, "^empty_anchors"),
         ({"reduction": "avg"}, ValueError, "^reduction"),
         ({"backend": "fused"}, ValueError, "^backend"),
-        ({"group": None}, TypeError, "group"),
+        ({"group": 0}, TypeError, "^group.*got int"),
         ({"learnable_temperature": True, "temperature": 5.0}, ValueError, "^temperature"),
         ({"learnable_temperature": True, "temperature": 0.001}, ValueError, "^temperature"),
     ],

@@ -7,6 +7,7 @@ everything, and ends with 1 at any fault.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -84,15 +85,18 @@ def test_instructions_of_the_main_loop(rows, kernel, most):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "plan", "fault"),
+    ("arch", "width", "terms", "kernel", "plan", "faults"),
     [
-        ("row_lse_grad", "128 128 64 128 4 2 1", "bytes spilled"),
-        ("row_lse_grad", "128 128 64 128 4 2 1", "serialized matrix products"),
-        ("row_lse", "256 256 64 128 8 3 1", "KB of shared memory"),
-        ("row_lse", "128 128 64 128 8 2 3", "2 programs fit, 3 should"),
+        (90, 128, 1, "row_lse_grad", "128 128 64 128 4 2 1", ["bytes spilled", "serialized matrix products"]),
+        (90, 128, 1, "row_lse", "256 256 64 128 8 3 1", ["KB of shared memory"]),
+        (90, 128, 1, "row_lse", "128 128 64 128 8 2 3", ["2 programs fit, 3 should"]),
+        (100, 256, 2, "row_lse_grad", "128 64 32 256 8 2 1", ["compiled into a trap", "columns of tensor memory"]),
     ],
 )
-def test_a_bad_line_is_found(tmp_path, kernel, plan, fault):
-    line = ["--arch", "90", "--widths", "128", "--terms", "1", "--kernel", kernel, "--plan", plan]
+def test_a_bad_line_is_found(tmp_path, arch, width, terms, kernel, plan, faults):
+    if arch == 100 and importlib.metadata.version("triton") >= "3.9":
+        pytest.skip("this Triton needs less tensor memory")
+    line = ["--arch", str(arch), "--widths", str(width), "--terms", str(terms), "--kernel", kernel, "--plan", plan]
     (row,) = report(tmp_path, *line)
-    assert any(fault in found for found in row["faults"]), row
+    for fault in faults:
+        assert any(fault in found for found in row["faults"]), row

@@ -118,36 +118,36 @@ _BACKWARD = {
           32 1   64  64 32  32  4 3 3
           64 1   64  64 32  64  4 3 3
          128 1   64  64 32 128  4 2 2
-         256 1   64  32 16 256  4 2 2
-         512 1  128  64 16  32  8 2 1
-         768 1  128  64 16  32  8 2 1
-        1024 1  128  64 16  32  8 2 1
+         256 1   64  64 16  64  8 2 1
+         512 1   64 128 32  64  8 2 1
+         768 1   64 128 32  64  8 2 1
+        1024 1   64 128 32  64  8 2 1
           16 2   64  32 32  16  4 2 3
           32 2   64  32 32  32  4 2 3
           64 2   64  32 32  64  4 2 2
          128 2  128  32 16 128  8 2 1
-         256 2   64  32 16  32  8 2 1
-         512 2   64  32 16  32  8 2 1
-         768 2   64  32 16  32  8 2 1
-        1024 2   64  32 16  32  8 2 1
+         256 2   64  32 16  64  8 2 1
+         512 2   64  64 16  32  8 2 1
+         768 2   64  64 16  32  8 2 1
+        1024 2   64  64 16  32  8 2 1
     """),
     89: _plans("""
           16 1   64  64 32  16  4 3 3
           32 1   64  64 32  32  4 3 3
           64 1   64  64 32  64  4 3 3
          128 1   64  64 32 128  4 2 2
-         256 1   64  32 16 256  4 2 1
-         512 1  128  64 16  32  8 2 1
-         768 1  128  64 16  32  8 2 1
-        1024 1  128  64 16  32  8 2 1
+         256 1   64  64 16  64  8 2 1
+         512 1   64 128 32  64  8 2 1
+         768 1   64 128 32  64  8 2 1
+        1024 1   64 128 32  64  8 2 1
           16 2   64  32 32  16  4 2 3
           32 2   64  32 32  32  4 2 3
           64 2   64  32 32  64  4 2 2
          128 2  128  32 16 128  8 2 1
-         256 2   64  32 16  32  8 2 1
-         512 2   64  32 16  32  8 2 1
-         768 2   64  32 16  32  8 2 1
-        1024 2   64  32 16  32  8 2 1
+         256 2   64  32 16  64  8 2 1
+         512 2   64  64 16  32  8 2 1
+         768 2   64  64 16  32  8 2 1
+        1024 2   64  64 16  32  8 2 1
     """),
     90: _plans("""
           16 1  128  64 32  16  4 3 2
@@ -155,17 +155,17 @@ _BACKWARD = {
           64 1  128  64 32  64  4 3 2
          128 1   64 128 32 128  4 2 2
          256 1   64  64 32 256  4 2 2
-         512 1  128  64 16  32  8 3 1
-         768 1  128  64 16  32  8 3 1
-        1024 1  128  64 16  32  8 3 1
+         512 1   64 128 32  64  8 2 1
+         768 1   64 128 32  64  8 2 1
+        1024 1   64 128 32  64  8 2 1
           16 2  128  64 32  16  8 2 2
           32 2  128  64 32  32  8 2 2
           64 2  128  64 32  64  8 2 1
          128 2   64  64 32 128  4 2 2
          256 2  128  32 32 256  8 2 1
-         512 2  128  32 16  32  8 2 1
-         768 2  128  32 16  32  8 2 1
-        1024 2  128  32 16  32  8 2 1
+         512 2  128 128 64  32  8 2 1
+         768 2  128 128 64  32  8 2 1
+        1024 2  128 128 64  32  8 2 1
     """),
     100: _plans("""
           16 1  128  64 32  16  4 3 2
@@ -173,20 +173,24 @@ _BACKWARD = {
           64 1  128  64 32  64  4 3 2
          128 1  128  64 32 128  4 2 2
          256 1  128  64 32 256  8 2 1
-         512 1  128  64 32  64  8 2 1
-         768 1  128  64 32  64  8 2 1
-        1024 1  128  64 32  64  8 2 1
+         512 1   64 128 32  64  8 2 1
+         768 1   64 128 32  64  8 2 1
+        1024 1   64 128 32  64  8 2 1
           16 2  128  64 32  16  4 2 1
           32 2  128  64 32  32  4 2 1
           64 2  128  64 32  64  4 2 1
          128 2   64  64 32 128  4 2 1
-         256 2  128  32 32  64  8 2 1
-         512 2  128  32 32  64  8 2 1
-         768 2  128  32 32  64  8 2 1
-        1024 2  128  32 32  64  8 2 1
+         256 2   64 128 32  64  4 2 1
+         512 2   64 128 32  64  4 2 1
+         768 2   64  64 32  64  4 2 1
+        1024 2   64 128 32  64  4 2 1
     """),
 }
-_BLOCK_OUT = 256  # features of the gradient that one program makes when rows are read piece by piece
+
+# Features of the gradient that one program makes when rows are read piece by piece: 256 if not said here. With fewer
+# the logits are computed more often; but in two terms there is no room for sums of 256, on sm_90 in registers, on
+# sm_100 in tensor memory.
+_BLOCK_OUT = {(90, 2): 128, (100, 2): 128}
 
 
 def forward_plan(chip: int, width: int, terms: int) -> Plan:
@@ -197,7 +201,12 @@ def forward_plan(chip: int, width: int, terms: int) -> Plan:
 def backward_plan(chip: int, width: int, terms: int) -> tuple[Plan, int]:
     """Plan of `kernels.row_lse_grad`, and how many features of the gradient a program makes."""
     plan = _BACKWARD[chip][width, terms]
-    return plan, width if plan.block_k == width else _BLOCK_OUT
+    return plan, block_out(chip, width, terms, plan)
+
+
+def block_out(chip: int, width: int, terms: int, plan: Plan) -> int:
+    """How many features of the gradient a program makes: all of them if it holds whole rows."""
+    return width if plan.block_k == width else _BLOCK_OUT.get((chip, terms), 256)
 
 
 def chip(capability: tuple[int, int]) -> int:
