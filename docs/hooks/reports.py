@@ -1,0 +1,143 @@
+"""The tables of the page "Benchmarks", made from the reports in benchmarks/results/ while the site is built."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
+MARK = "<!-- reports -->"
+UNMEASURED = '!!! note "Not measured on a GPU yet"\n    No report of a GPU has been committed. Every number below is of a CPU.\n'
+
+
+def on_page_markdown(markdown, page, **_):
+    """Called by MkDocs with the Markdown of each page: puts the reports where the mark is."""
+    return markdown.replace(MARK, tables(committed())) if MARK in markdown else markdown
+
+
+def committed():
+    """All reports that are kept, with their files: newest first, those of one folder together."""
+    files = [path for path in RESULTS.glob("*/*.json") if path.parent.name != "local"]
+    return [(path, json.loads(path.read_text())) for path in sorted(files, key=lambda path: path.parts, reverse=True)]
+
+
+def tables(reports):
+    on_gpu = any(report["machine"]["device"] != "cpu" for _, report in reports)
+    whole = [loss_section(path, report) for path, report in reports if "processes" not in report]
+    spread = [(path, report) for path, report in reports if "processes" in report]
+    parts = [] if on_gpu else [UNMEASURED]
+    parts += ["## The loss on one device\n", *whole, "## Several processes\n"]
+    for _, together in groupby(spread, key=lambda entry: entry[0].parent):
+        parts.append(group_section(list(together)[::-1]))
+    return "\n".join(parts)
+
+
+def heading(report):
+    machine = report["machine"]
+    return f"### {machine['gpu'] or machine['cpu']}, {report['date'][:10]}\n"
+
+
+def conditions(report):
+    machine = report["machine"]
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    changed = ", with uncommitted changes" if (report["commit"] or "").endswith("+") else ""
+    commit = f"`{report['commit'][:12]}`{changed}" if report["commit"] else "unknown"
+    return (
+        f"- Machine: {machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['memory_gb']} GB{gpu}; {machine['system']}, load average before the run "
+        f"{machine['load_before']}\n"
+        f"- Versions: {versions}; float32 matmul precision {machine['float32_matmul_precision']}\n"
+        f"- Taken {report['date'].replace('T', ' ')}, commit {commit}\n"
+    )
+
+
+# ---- Reports of bench_loss.py ----
+
+
+def loss_section(path, report):
+    parts = [heading(report), conditions(report), f"- [The report]({link(path)})\n"]
+    picture = path.with_suffix(".png")
+    if picture.exists():
+        parts.append(f"\n![Time and memory against the batch size]({link(picture)})\n")
+    parts.append("\nMedian milliseconds, forward and backward:\n\n" + by_size(report, total_ms))
+    parts.append("\nHighest extra memory, MB:\n\n" + by_size(report, extra_mb))
+    parts.append("\nLargest relative error against float64, of the loss and of the gradient:\n\n" + errors(report))
+    return "\n".join(parts)
+
+
+def by_size(report, cell):
+    """A row for each case, a column for each method."""
+    results = report["results"]
+    titles = list(dict.fromkeys(result["title"] for result in results))
+    rows = {}
+    for result in results:
+        case = (result["labels"], result["dtype"], f"{result['d']}", f"{result['c']}", f"{result['n']:,}")
+        rows.setdefault(case, {})[result["title"]] = cell(result)
+    body = [[*case, *(cells.get(title, "") for title in titles)] for case, cells in rows.items()]
+    return markdown_table(["labels", "dtype", "D", "C", "N", *titles], body, words=2)
+
+
+def total_ms(result):
+    return milliseconds(result["total_ms"][1]) if result.get("total_ms") else result.get("status", "")
+
+
+def extra_mb(result):
+    return "" if result.get("extra_bytes") is None else f"{result['extra_bytes'] / 1e6:,.1f}"
+
+
+def errors(report):
+    worst = {}
+    for result in report["results"]:
+        row = worst.setdefault((result["title"], result["dtype"]), {"loss_error": None, "gradient_error": None})
+        for name in row:
+            known = [value for value in (row[name], result.get(name)) if value is not None]
+            row[name] = max(known, default=None)
+    shown = [
+        [*key, *("" if value is None else f"{value:.1e}" for value in row.values())]
+        for key, row in worst.items()
+        if any(value is not None for value in row.values())
+    ]
+    return markdown_table(["method", "dtype", "loss", "gradient"], shown, words=2)
+
+
+# ---- Reports of bench_distributed.py: one file for each number of processes ----
+
+
+def group_section(entries):
+    report = entries[0][1]
+    parts = [heading(report), conditions(report)]
+    links = ", ".join(f"[{report['processes']}]({link(path)})" for path, report in entries)
+    parts.append(f"- Collectives: {report['collectives']}; the reports, by processes: {links}\n")
+    rows = []
+    for _, report in entries:
+        for (rows_each, labels), case in groupby(report["results"], key=lambda r: (r["n_local"], r["labels"])):
+            found = {result["title"]: result for result in case}
+            titles = list(found)
+            rows.append([f"{report['processes']} × {rows_each:,}", labels, *(cell(found[title]) for title in titles)])
+    parts.append("\nMedian milliseconds, forward and backward; extra MB; MB received, forward and backward:\n")
+    parts.append(markdown_table(["processes × rows", "labels", *titles], rows, words=2))
+    return "\n".join(parts)
+
+
+def cell(result):
+    memory = result["extra_bytes"] / 1e6
+    moved = " + ".join(f"{number / 1e6:.2f}" for number in result["received_bytes"])
+    return f"{milliseconds(result['ms'][1])}; {memory:,.1f}; {moved}"
+
+
+# ---- Words and numbers ----
+
+
+def milliseconds(value):
+    return f"{value:,.{0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 1 else 3}f}"
+
+
+def markdown_table(heads, rows, words):
+    """The first columns, as many as `words`, hold words; numbers go to the right."""
+    rule = ["---"] * words + ["---:"] * (len(heads) - words)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows]) + "\n"
+
+
+def link(path):
+    """From docs/, as the repository has it."""
+    return f"../{path.relative_to(RESULTS.parent.parent).as_posix()}"

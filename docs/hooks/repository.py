@@ -1,0 +1,44 @@
+"""Links from the pages to files of the repository outside docs/ lead to copies of these files in the site.
+
+So a link works in the repository as it stands, and in the site wherever that is put.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHOWN = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/**/*", "examples/*", "genscl_loss/_backends/plans.py")
+SUFFIXES = {"", ".md", ".py", ".json", ".png"}
+LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
+
+
+def on_files(files, config):
+    """Called by MkDocs with the files of docs/: adds those of the repository, at the same paths."""
+    for pattern in SHOWN:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT)
+            if path.is_file() and path.suffix in SUFFIXES and not {"local", "__pycache__"} & set(name.parts):
+                files.append(File.generated(config, name.as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Called by MkDocs with the Markdown of each page: leads its links to where their targets are in the site."""
+    file = page.file
+    # Where the page is in the repository, and in the site
+    inside = Path(file.abs_src_path).is_relative_to(config["docs_dir"])
+    source = posixpath.join("docs", file.src_uri) if inside else file.src_uri
+
+    def lead(found):
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[2]))
+        in_site = target.removeprefix("docs/")
+        if files.get_file_from_path(in_site) is None:
+            in_site = posixpath.join(in_site, "README.md")  # a link to a folder
+            if files.get_file_from_path(in_site) is None:
+                return found[0]  # strict mode reports it
+        return found[1] + posixpath.relpath(in_site, posixpath.dirname(file.src_uri) or ".") + found[3]
+
+    return LINK.sub(lead, markdown)
