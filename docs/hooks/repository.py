@@ -12,6 +12,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHOWN = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/**/*", "examples/*", "genscl_loss/_backends/plans.py")
 SUFFIXES = {"", ".md", ".py", ".json", ".png"}
+REPLACED = {"README.md": "index.md", "benchmarks/results/README.md": "benchmarks.md"}  # by pages of the site
 LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
 
 
@@ -20,7 +21,8 @@ def on_files(files, config):
     for pattern in SHOWN:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT)
-            if path.is_file() and path.suffix in SUFFIXES and not {"local", "__pycache__"} & set(name.parts):
+            wanted = path.is_file() and path.suffix in SUFFIXES and name.as_posix() not in REPLACED
+            if wanted and not {"local", "__pycache__"} & set(name.parts):
                 files.append(File.generated(config, name.as_posix(), abs_src_path=str(path)))
     return files
 
@@ -34,11 +36,9 @@ def on_page_markdown(markdown, page, config, files):
 
     def lead(found):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[2]))
-        in_site = target.removeprefix("docs/")
+        in_site = REPLACED.get(target, target.removeprefix("docs/"))
         if files.get_file_from_path(in_site) is None:
-            in_site = posixpath.join(in_site, "README.md")  # a link to a folder
-            if files.get_file_from_path(in_site) is None:
-                return found[0]  # strict mode reports it
+            return found[0]  # strict mode reports it
         return found[1] + posixpath.relpath(in_site, posixpath.dirname(file.src_uri) or ".") + found[3]
 
     return LINK.sub(lead, markdown)
