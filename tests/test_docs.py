@@ -1,11 +1,18 @@
-"""Every Python block of the README and of docs/ runs as it stands, and every local link leads somewhere."""
+"""Every Python block of the README and of docs/ runs as it stands, and every local link leads somewhere.
+
+The pairs "before" and "after" of `docs/coming-from.md` run in the order of the page, each side of a section in a
+namespace of its own, and their losses are compared.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import test_parity
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,7 +20,10 @@ README_AND_DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PAGES = [*README_AND_DOCS, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
 PAGES += [page for folder in ("examples", "benchmarks") for page in sorted(ROOT.glob(f"{folder}/**/*.md"))]
 
+COMPARISONS = ROOT / "docs" / "coming-from.md"
+
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TITLED = re.compile(r'^```python(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(<?([^()\s>]+)>?\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
@@ -26,7 +36,7 @@ def python_blocks():
     for path in README_AND_DOCS:
         text = path.read_text(encoding="utf-8")
         for match in FENCE.finditer(text):
-            if match[1] == "python":
+            if match[1] == "python" and path != COMPARISONS:
                 line = text.count("\n", 0, match.start(2)) + 1
                 yield pytest.param(path, line, match[2], id=f"{place(path)}:{line}")
 
@@ -45,11 +55,87 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
+def execute(source, path, line, namespace):
+    # The blank lines in front make a traceback name the line in the page.
+    exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
+
+
 @pytest.mark.parametrize(("path", "line", "source"), list(python_blocks()))
 def test_python_block_runs(path, line, source):
     torch.manual_seed(0)
-    # The blank lines in front make a traceback name the line in the page.
-    exec(compile("\n" * (line - 1) + source, str(path), "exec"), {"__name__": "__main__"})
+    execute(source, path, line, {"__name__": "__main__"})
+
+
+def sections():
+    """(title, source, line) of the blocks of each section that has some."""
+    text = COMPARISONS.read_text(encoding="utf-8")
+    heads = [(match.start(), match[1]) for match in re.finditer(r"^## +(.+)$", text, re.MULTILINE)]
+    ends = [start for start, _ in heads[1:]] + [len(text)]
+    for (start, name), end in zip(heads, ends, strict=True):
+        blocks = [(m[1] or "", m[2], text.count("\n", 0, m.start(2)) + 1) for m in TITLED.finditer(text, start, end)]
+        yield pytest.param(blocks, id=name)
+
+
+def run_side(blocks, side):
+    """Run what both sides start from and one of them; the losses of that one, in order, under their titles."""
+    torch.manual_seed(0)
+    namespace, losses = {"__name__": "__main__"}, []
+    for title, source, line in blocks:
+        if title and not title.startswith(side):
+            continue
+        # The generator starts anew where the sides part, so that both continue with the same numbers.
+        torch.manual_seed(line if not title else 0)
+        execute(source, COMPARISONS, line, namespace)
+        if title:
+            losses.append((title, namespace.get("loss")))
+    return losses
+
+
+class OfSupContrast:
+    """In place of the file `losses.py` of SupContrast, which is no package: what it is documented to do."""
+
+    def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07):
+        self.options = {"tau": temperature, "mode": contrast_mode, "base": base_temperature}
+
+    def __call__(self, features, labels=None, mask=None):
+        return test_parity.supcontrast(features, labels, mask, **self.options)
+
+
+class OfficialGenSCL:
+    """In place of the file `loss.py` of the official GenSCL code."""
+
+    def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07):
+        self.options = {"tau": temperature, "mode": contrast_mode, "base": base_temperature}
+
+    def __call__(self, features, labels):
+        return test_parity.official(features, labels, **self.options)
+
+
+@pytest.fixture
+def _files_of_others(monkeypatch):
+    for file, name, stand_in in (("losses", "SupConLoss", OfSupContrast), ("loss", "GenSupConLoss", OfficialGenSCL)):
+        module = ModuleType(file)
+        setattr(module, name, stand_in)
+        monkeypatch.setitem(sys.modules, file, module)
+
+
+@pytest.mark.parametrize("blocks", list(sections()))
+def test_after_runs(blocks):
+    assert run_side(blocks, "After")
+
+
+@pytest.mark.usefixtures("_files_of_others")
+@pytest.mark.parametrize("blocks", list(sections()))
+def test_before_is_what_after_replaces(blocks):
+    after = run_side(blocks, "After")
+    try:
+        before = run_side(blocks, "Before")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    assert len(before) == len(after)
+    for (_, theirs), (title, ours) in zip(before, after, strict=True):
+        if title == "After":  # and not "After: another loss"
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("path", "target"), list(local_links()))
