@@ -57,7 +57,7 @@ def gen_supcon_loss(
                  \Big( s_{ij} - \log \sum_k e^{s_{ik}} \Big), \qquad W_i = \sum_j w_{ij}.
 
     Label vectors :math:`y` (mixup, cutmix, label smoothing, a teacher's probabilities, multi-hot) have cosine
-    similarity, :math:`w_{ij} = y_i \cdot y_j / (|y_i| |y_j|)`. Class numbers have similarity 1 if equal and 0
+    similarity, :math:`w_{ij} = y_i \cdot y_j / (\|y_i\| \, \|y_j\|)`. Class numbers have similarity 1 if equal and 0
     otherwise: the loss is then SupCon. Without labels the views of a sample are its positives, and the loss is
     NT-Xent (SimCLR). Memory is linear in the number of rows, for every kind of label but an explicit
     `label_similarity`.
