@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types bench demo clean
+.PHONY: help setup test lint types docs bench demo clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
-	@echo "  ARGS=... is passed on to pytest, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
+	@echo "  ARGS=... is passed on to pytest, mkdocs, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
 
 setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
 
@@ -25,6 +25,9 @@ lint: setup  ## Run ruff
 types: setup  ## Run mypy on the package
 	$(BIN)/python -m mypy
 
+docs: $(VENV)/.installed-docs  ## Build the documentation: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
 	$(BIN)/python benchmarks/bench_loss.py $(ARGS)
 
@@ -32,7 +35,7 @@ demo: $(VENV)/.installed-examples  ## Train on scikit-learn's digits and plot th
 	$(BIN)/python examples/digits_demo.py $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
-	rm -rf $(VENV) build dist *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -48,4 +51,4 @@ $(VENV)/.created:
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing genscl-loss[$*] into $(VENV) (minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable '.[$*]' --constraint constraints.txt
-	@touch $@ $(if $(filter dev,$*),$(VENV)/.installed-bench $(VENV)/.installed-examples)
+	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/.installed-,bench docs examples))
