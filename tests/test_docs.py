@@ -6,6 +6,7 @@ namespace of its own, and their losses are compared.
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ COMPARISONS = ROOT / "docs" / "coming-from.md"
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TITLED = re.compile(r'^```python(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+IMPORT = re.compile(r"^from ([\w.]+) import", re.MULTILINE)
 LINK = re.compile(r"\]\(<?([^()\s>]+)>?\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
@@ -127,11 +129,12 @@ def test_after_runs(blocks):
 @pytest.mark.usefixtures("_files_of_others")
 @pytest.mark.parametrize("blocks", list(sections()))
 def test_before_is_what_after_replaces(blocks):
-    after = run_side(blocks, "After")
-    try:
-        before = run_side(blocks, "Before")
-    except ModuleNotFoundError as error:
-        pytest.skip(f"{error.name} is not installed")
+    for name in {name for title, source, _ in blocks if title == "Before" for name in IMPORT.findall(source)}:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # missing, or broken in ways of its own
+            pytest.skip(f"{name} cannot be imported: {type(error).__name__}")
+    before, after = run_side(blocks, "Before"), run_side(blocks, "After")
     assert len(before) == len(after)
     for (_, theirs), (title, ours) in zip(before, after, strict=True):
         if title == "After":  # and not "After: another loss"

@@ -6,7 +6,10 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
 MARK = "<!-- reports -->"
-UNMEASURED = '!!! note "Not measured on a GPU yet"\n    No report of a GPU has been committed. Every number below is of a CPU.\n'
+UNMEASURED = """
+!!! note "Not measured on a GPU yet"
+    There is no report of a GPU. Every number below is of a CPU.
+"""
 
 
 def on_page_markdown(markdown, page, **_):
@@ -44,8 +47,8 @@ def conditions(report):
     commit = f"`{report['commit'][:12]}`{changed}" if report["commit"] else "unknown"
     return (
         f"- Machine: {machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores, "
-        f"{machine['threads']} threads, {machine['memory_gb']} GB{gpu}; {machine['system']}, load average before the run "
-        f"{machine['load_before']}\n"
+        f"{machine['threads']} threads, {machine['memory_gb']} GB{gpu}; {machine['system']}, load average before the "
+        f"run {machine['load_before']}\n"
         f"- Versions: {versions}; float32 matmul precision {machine['float32_matmul_precision']}\n"
         f"- Taken {report['date'].replace('T', ' ')}, commit {commit}\n"
     )
@@ -108,21 +111,27 @@ def group_section(entries):
     parts = [heading(report), conditions(report)]
     links = ", ".join(f"[{report['processes']}]({link(path)})" for path, report in entries)
     parts.append(f"- Collectives: {report['collectives']}; the reports, by processes: {links}\n")
-    rows = []
+    times, sizes = [], []
     for _, report in entries:
         for (rows_each, labels), case in groupby(report["results"], key=lambda r: (r["n_local"], r["labels"])):
             found = {result["title"]: result for result in case}
+            head, others = f"{report['processes']} × {rows_each:,}", list(found.values())[1:]
+            own = next(iter(found.values()))  # group=, which the others are compared with
+            ratios = [f"{milliseconds(r['ms'][1])} ({r['ms'][1] / own['ms'][1]:.1f}x)" for r in others]
+            times.append([head, labels, milliseconds(own["ms"][1]), *ratios])
+            sizes.append([head, labels, *(memory_and_traffic(result) for result in found.values())])
             titles = list(found)
-            rows.append([f"{report['processes']} × {rows_each:,}", labels, *(cell(found[title]) for title in titles)])
-    parts.append("\nMedian milliseconds, forward and backward; extra MB; MB received, forward and backward:\n")
-    parts.append(markdown_table(["processes × rows", "labels", *titles], rows, words=2))
+    heads = ["processes × rows", "labels", *titles]
+    parts.append("\nMedian milliseconds, forward and backward, and how many times that of `group=`:\n")
+    parts.append(markdown_table(heads, times, words=2))
+    parts.append("\nHighest extra memory of a process, MB; MB received in the forward and the backward pass:\n")
+    parts.append(markdown_table(heads, sizes, words=2))
     return "\n".join(parts)
 
 
-def cell(result):
-    memory = result["extra_bytes"] / 1e6
+def memory_and_traffic(result):
     moved = " + ".join(f"{number / 1e6:.2f}" for number in result["received_bytes"])
-    return f"{milliseconds(result['ms'][1])}; {memory:,.1f}; {moved}"
+    return f"{result['extra_bytes'] / 1e6:,.1f}; {moved}"
 
 
 # ---- Words and numbers ----

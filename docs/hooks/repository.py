@@ -10,7 +10,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHOWN = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/**/*", "examples/*", "genscl_loss/_backends/plans.py")
+SHOWN = ("*.md", "LICENSE", "benchmarks/**/*", "examples/*", "genscl_loss/_backends/plans.py")
 SUFFIXES = {"", ".md", ".py", ".json", ".png"}
 REPLACED = {"README.md": "index.md", "benchmarks/results/README.md": "benchmarks.md"}  # by pages of the site
 LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
