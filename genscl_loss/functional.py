@@ -104,8 +104,8 @@ def gen_supcon_loss(
             that can be used; with `group` never "dense".
 
     Returns:
-        Loss in nats times tau / tau_base, float32, or float64 for float64 features: 0-dim, or (anchors,) for "none",
-        in view-major order. 0 with zero gradient if there is no contrast (one sample, an empty queue). A collapsed
+        The loss, in nats times tau / tau_base, 0-dim, or (anchors,) in view-major order for "none"; float32, or float64
+        for float64 features. 0 with zero gradient if there is no contrast (one sample, an empty queue). A collapsed
         model has the value of `collapsed_loss`. NaN and infinity in features make it NaN or infinite, never a finite
         number.
 
@@ -126,8 +126,8 @@ def gen_supcon_loss(
         tensor([1.3136, 4.5215, 1.8806])
 
     References:
-        Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
-        Khosla et al., "Supervised Contrastive Learning", https://arxiv.org/abs/2004.11362
+        - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
+        - Khosla et al., "Supervised Contrastive Learning", https://arxiv.org/abs/2004.11362
     """
 
     def prepare() -> _Problem:
@@ -256,7 +256,7 @@ def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperatu
         8.909
 
     References:
-        Kim et al., https://arxiv.org/abs/2206.00384
+        - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
     if isinstance(num_contrasts, bool) or not isinstance(num_contrasts, int):
         raise TypeError(f"num_contrasts must be an integer; got {type(num_contrasts).__name__}")

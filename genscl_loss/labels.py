@@ -49,13 +49,14 @@ def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: flo
             elsewhere such a row counts as zeros.
 
     Example:
+        >>> import torch
         >>> smooth_labels(torch.tensor([0, 1]), num_classes=4, smoothing=0.2)
         tensor([[0.8500, 0.0500, 0.0500, 0.0500],
                 [0.0500, 0.8500, 0.0500, 0.0500]])
 
     References:
-        Szegedy et al., Rethinking the Inception Architecture for Computer Vision, arXiv:1512.00567.
-        Kim et al., Generalized Supervised Contrastive Learning, arXiv:2206.00384.
+        - Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", https://arxiv.org/abs/1512.00567
+        - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
     check_number("smoothing", smoothing, at_most=1)
     soft = _label_vectors(labels, num_classes)
@@ -79,13 +80,14 @@ def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
         ValueError: `logits` is a scalar, or `temperature` not positive and finite.
 
     Example:
+        >>> import torch
         >>> teacher_labels(torch.tensor([[0.0, 0.0], [0.0, 2.0]]), temperature=2.0)
         tensor([[0.5000, 0.5000],
                 [0.2689, 0.7311]])
 
     References:
-        Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
-        Kim et al., Generalized Supervised Contrastive Learning, arXiv:2206.00384.
+        - Hinton et al., "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531
+        - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
     _check_tensor("logits", logits, "(..., C)", 1, floating=True)
     check_number("temperature", temperature, positive=True)
@@ -112,7 +114,7 @@ def mixup(
         images: (N, ...), floating point.
         labels: class indices (N,) or label vectors (N, C), on the images' device.
         num_classes: C, required for class indices.
-        alpha: >= 0. 1 draws lambda uniformly, smaller values nearer to 0 and 1.
+        alpha: a number >= 0; 1 draws lambda uniformly, smaller ones nearer to 0 and 1.
         generator: source of the random numbers, on any device; None is torch's global CPU generator.
 
     Returns:
@@ -125,13 +127,14 @@ def mixup(
             `smooth_labels` refuses.
 
     Example:
+        >>> import torch
         >>> images, labels = torch.eye(3), torch.tensor([0, 1, 2])
         >>> mixed, soft = mixup(images, labels, num_classes=3, generator=torch.Generator().manual_seed(0))
         >>> torch.equal(mixed, soft)  # here image n is the one-hot vector of label n
         True
 
     References:
-        Zhang et al., mixup: Beyond Empirical Risk Minimization, arXiv:1710.09412.
+        - Zhang et al., "mixup: Beyond Empirical Risk Minimization", https://arxiv.org/abs/1710.09412
     """
     _check_tensor("images", images, "(N, ...)", 1, floating=True)
     check_number("alpha", alpha)
@@ -160,7 +163,7 @@ def cutmix(
         images: (N, ..., H, W), any dtype.
         labels: class indices (N,) or label vectors (N, C), on the images' device.
         num_classes: C, required for class indices.
-        alpha: >= 0. 1 draws the kept area uniformly (before the border cuts), smaller values nearer to 0 and 1.
+        alpha: a number >= 0; 1 draws the kept area uniformly (before the border cuts), smaller ones nearer to 0 and 1.
         generator: source of the random numbers, on any device; None is torch's global CPU generator.
 
     Returns:
@@ -172,6 +175,7 @@ def cutmix(
         ValueError: as `mixup`, or `images` of fewer than three dimensions.
 
     Example:
+        >>> import torch
         >>> images = torch.arange(3).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)  # every pixel holds its sample's label
         >>> labels = torch.tensor([0, 1, 2])
         >>> mixed, soft = cutmix(images, labels, num_classes=3, generator=torch.Generator().manual_seed(0))
@@ -180,8 +184,8 @@ def cutmix(
         True
 
     References:
-        Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
-        arXiv:1905.04899.
+        - Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features",
+          https://arxiv.org/abs/1905.04899
     """
     _check_tensor("images", images, "(N, ..., H, W)", 3)
     check_number("alpha", alpha)
@@ -212,8 +216,8 @@ def mixup_cutmix(
         images: (N, ..., H, W), floating point.
         labels: class indices (N,) or label vectors (N, C), on the images' device.
         num_classes: C, required for class indices.
-        alpha: >= 0, the alpha of `mixup`.
-        cutmix_alpha: >= 0, the alpha of `cutmix`; None takes `alpha`.
+        alpha: the alpha of `mixup`, >= 0.
+        cutmix_alpha: the alpha of `cutmix`, >= 0; None takes `alpha`.
         switch_prob: probability of `cutmix`, in [0, 1].
         generator: source of the random numbers, on any device; None is torch's global CPU generator.
 
@@ -225,13 +229,14 @@ def mixup_cutmix(
         ValueError: as `mixup` and `cutmix`, whichever is chosen, or `switch_prob` outside [0, 1].
 
     Example:
+        >>> import torch
         >>> images, labels = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
         >>> mixed, soft = mixup_cutmix(images, labels, num_classes=3, generator=torch.Generator().manual_seed(0))
         >>> mixed.shape, soft.shape
         (torch.Size([4, 3, 8, 8]), torch.Size([4, 3]))
 
     References:
-        Kim et al., Generalized Supervised Contrastive Learning, arXiv:2206.00384.
+        - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
     # Everything that either branch refuses is refused here: an error must not depend on the draw.
     _check_tensor("images", images, "(N, ..., H, W)", 3, floating=True)

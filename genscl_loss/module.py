@@ -52,7 +52,7 @@ class GenSupConLoss(nn.Module):
         torch.Size([])
 
     References:
-        Kim et al., https://arxiv.org/abs/2206.00384
+        - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
 
     def __init__(

@@ -62,9 +62,9 @@ class FeatureQueue(nn.Module):
         (6, tensor([1, 2, 0, 1, 1, 2]))
 
     References:
-        He et al., "Momentum Contrast for Unsupervised Visual Representation Learning",
-            https://arxiv.org/abs/1911.05722
-        Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
+        - He et al., "Momentum Contrast for Unsupervised Visual Representation Learning",
+          https://arxiv.org/abs/1911.05722
+        - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
 
     def __init__(
