@@ -101,3 +101,9 @@ def test_every_public_name_is_on_the_page_of_the_api(site):
     for name in genscl_loss.__all__:
         if name != "__version__":
             assert f'id="genscl_loss.{name}"' in text
+
+
+def test_docstrings_are_read_as_they_are_meant(site):
+    text = (site / "api.html").read_text(encoding="utf-8")
+    assert "<blockquote>" not in text  # what Markdown makes of a line that begins with ">", such as that of a doctest
+    assert text.count('<span class="gp">&gt;&gt;&gt; </span>') > 20

@@ -1,4 +1,8 @@
-"""Docstrings have formulas as Sphinx writes them, which `help()` shows well; the site has them as `$...$`."""
+"""Docstrings are written for `help()`; here they become what the site's Markdown needs.
+
+Formulas are written as for Sphinx and become `$...$`. The section "Example" becomes "Examples", which is the name that
+griffe knows.
+"""
 
 import re
 import textwrap
@@ -7,16 +11,18 @@ import griffe
 
 BLOCK = re.compile(r"^( *)\.\. math::[ \t]*\n((?:\1[ ]+\S.*\n?|[ \t]*\n)+)", re.MULTILINE)
 INLINE = re.compile(r":math:`([^`]+)`")
+EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
 
-class Maths(griffe.Extension):
-    """Rewrites `:math:` and `.. math::`."""
+class Docstrings(griffe.Extension):
+    """Rewrites every docstring that the site shows."""
 
     def on_object(self, *, obj, **_):
         if obj.docstring:
-            obj.docstring.value = dollars(obj.docstring.value)
+            obj.docstring.value = rewritten(obj.docstring.value)
 
 
-def dollars(text):
+def rewritten(text):
+    text = EXAMPLE.sub("Examples:", text)
     text = BLOCK.sub(lambda found: f"{found[1]}$$\n{textwrap.dedent(found[2]).strip()}\n$$\n\n", text)
     return INLINE.sub(r"$\1$", text)
