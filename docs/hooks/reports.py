@@ -3,12 +3,13 @@
 import json
 from itertools import groupby
 from pathlib import Path
+from statistics import mean, stdev
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
 MARK = "<!-- reports -->"
 UNMEASURED = """
 !!! note "Not measured on a GPU yet"
-    There is no report of a GPU. Every number below is of a CPU.
+    There is no report of the loss on a GPU. Its numbers below are of CPUs.
 """
 
 
@@ -24,14 +25,29 @@ def committed():
 
 
 def tables(reports):
-    on_gpu = any(report["machine"]["device"] != "cpu" for _, report in reports)
-    whole = [loss_section(path, report) for path, report in reports if "processes" not in report]
-    spread = [(path, report) for path, report in reports if "processes" in report]
-    parts = [] if on_gpu else [UNMEASURED]
-    parts += ["## The loss on one device\n", *whole, "## Several processes\n"]
-    for _, together in groupby(spread, key=lambda entry: entry[0].parent):
+    kinds = {"loss": [], "group": [], "training": [], "other": []}
+    for path, report in reports:
+        kinds[kind(report)].append((path, report))
+    parts = [] if any(report["machine"]["gpu"] for _, report in kinds["loss"]) else [UNMEASURED]
+    parts += ["## The loss on one device\n", *(loss_section(*entry) for entry in kinds["loss"])]
+    parts.append("## Several processes\n")
+    for _, together in groupby(kinds["group"], key=lambda entry: entry[0].parent):
         parts.append(group_section(list(together)[::-1]))
+    if kinds["training"]:
+        parts += ["## Training\n", *(training_section(*entry) for entry in kinds["training"])]
+    if kinds["other"]:
+        names = [f"- [{path.parent.name}/{path.name}]({link(path)})" for path, _ in kinds["other"]]
+        parts += ["## Other reports\n", *names]
     return "\n".join(parts)
+
+
+def kind(report):
+    """Which script wrote it."""
+    if "processes" in report:
+        return "group"
+    if "runs" in report and "machine" in report:
+        return "training"
+    return "loss" if "results" in report and "machine" in report else "other"
 
 
 def heading(report):
@@ -132,6 +148,45 @@ def group_section(entries):
 def memory_and_traffic(result):
     moved = " + ".join(f"{number / 1e6:.2f}" for number in result["received_bytes"])
     return f"{result['extra_bytes'] / 1e6:,.1f}; {moved}"
+
+
+# ---- Reports of bench_train.py ----
+
+METHODS = {
+    "ce": "cross-entropy",
+    "supcon": "SupCon",
+    "mix": "GenSCL, mixup-cutmix",
+    "kd": "GenSCL, mixup-cutmix, teacher",
+    "teacher": "the teacher: cross-entropy, mixup-cutmix",
+}
+
+
+def training_section(path, report):
+    parts = [heading(report), conditions(report), f"- Options of the trainer: `{' '.join(report['settings'])}`"]
+    parts.append(f"- [The report]({link(path)})\n")
+    picture = path.with_suffix(".png")
+    if picture.exists():
+        parts.append(f"![Accuracy of each method and seed]({link(picture)})\n")
+    judges = list(dict.fromkeys(judge for runs in report["runs"].values() for run in runs for judge in run["results"]))
+    judges = [judge for judge in judges if judge in ("linear", "knn", "classifier")]
+    rows = []
+    for key, runs in report["runs"].items():
+        found = [[run["results"][judge][0] for run in runs if judge in run["results"]] for judge in judges]
+        cells = [mean_and_spread(values) for values in found]
+        rows.append([METHODS.get(key, key), f"{len(runs)}", *cells, f"{mean(run['seconds'] for run in runs):,.0f}"])
+    parts.append("Top-1 test accuracy in %, mean ± standard deviation over the seeds:\n")
+    parts.append(markdown_table(["method", "seeds", *judges, "seconds a run"], rows, words=1))
+    rates = report.get("throughput")
+    if rates:
+        parts.append(
+            f"{rates['training']:,.0f} images/s in training steps, {rates['bare']:,.0f} in the bare network: "
+            f"{rates['fraction']:.2f} of its rate.\n"
+        )
+    return "\n".join(parts)
+
+
+def mean_and_spread(values):
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") if values else ""
 
 
 # ---- Words and numbers ----
