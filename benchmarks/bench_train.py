@@ -208,10 +208,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--jobs", type=int, default=os.cpu_count() if not torch.cuda.is_available() else 1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/local/train"), help="folder of the report")
     parser.add_argument("--commit", help="of the source, where it is not in a git repository")
-    parser.add_argument("--smoke", action="store_true", help="2 seeds of 1 epoch on few images, without meaning")
+    parser.add_argument("--smoke", action="store_true", help="1 seed of 1 epoch on few images, without meaning")
     options, passed_on = parser.parse_known_args(argv)
     if options.smoke:
-        options.epochs, options.per_class, options.batch_size, options.seeds = 1, 16, 32, 2
+        options.epochs, options.per_class, options.batch_size, options.seeds = 1, 16, 32, 1
     if min(options.epochs, options.batch_size, options.seeds, options.jobs) < 1 or options.per_class < 0:
         parser.error("--epochs, --batch-size, --seeds and --jobs must be at least 1, --per-class at least 0")
     return options, passed_on

@@ -1,7 +1,7 @@
 """The CIFAR trainer: every method runs, an interrupted run loses nothing, what is wrong is said, and scores are right.
 
-The images are drawn here: classes differ in colour and in the direction of stripes. Where the environment variable
-CIFAR_ARCHIVE names a folder or tar of images, the methods run on those too.
+The images are drawn by `images.py`. Where the environment variable CIFAR_ARCHIVE names a folder or tar of images, the
+methods run on those too.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ for package in ("kornia", "matplotlib", "sklearn", "PIL", "tqdm"):
 import cifar_data  # noqa: E402
 import networks  # noqa: E402
 import train_cifar  # noqa: E402
+from images import CLASSES, draw, pack, write_images  # noqa: E402
 from PIL import Image  # noqa: E402
 
-CLASSES = ("blue", "green", "red", "yellow")
-COLOURS = dict(zip(CLASSES, ((40, 60, 220), (40, 200, 60), (220, 50, 40), (220, 210, 40)), strict=True))
 TINY = ["--arch", "small", "--batch-size", "16", "--epochs", "1", "--knn-every", "1", "--amp", "off", "--device", "cpu"]
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 pytestmark = [
@@ -49,30 +48,6 @@ pytestmark = [
 
 
 # ------------------------------------------------------------------ data
-def draw(name: str, number: int, size: int = 32) -> Image.Image:
-    """Stripes of the colour of a class, which one class has upright, at a phase and contrast of the image's own."""
-    random = np.random.default_rng([CLASSES.index(name), number])
-    across = np.arange(size) + random.integers(8)
-    stripes = (np.sin(across * (0.5 + 0.1 * CLASSES.index(name))) * random.uniform(0.2, 0.5) + 0.5)[:, None]
-    pixels = np.broadcast_to(stripes if name != "red" else stripes.T, (size, size))[..., None] * COLOURS[name]
-    return Image.fromarray((pixels + random.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8))
-
-
-def write_images(folder: Path, train: int = 20, test: int = 6, size: int = 32) -> Path:
-    for split, count in (("train", train), ("test", test)):
-        for name in CLASSES:
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                draw(name, number + 1000 * (split == "test"), size).save(folder / split / name / f"{number:04}.png")
-    return folder
-
-
-def pack(folder: Path, path: Path) -> Path:
-    with tarfile.open(path, "w:" + path.suffix[1:]) as tar:
-        tar.add(folder, arcname=".")
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
