@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from genscl_loss._library import define_operator, has_fast_float64, matmul
+from genscl_loss._library import define_operator, has_fast_float64, matmul, only_once
 from genscl_loss._unit import inverse_lengths, unit_pair, unit_rows
 
 _CHUNK = 2**16  # elements of a part of p on CPU, where it stays in cache (512 KiB)
@@ -139,14 +139,21 @@ class _Side(NamedTuple):
     width: int
     device: torch.device
     are_classes: bool = False
+    may_subtract: bool = True  # whether sums have digits to spare
 
 
 def _sides(
-    a: Tensor, b: Tensor | None, a_factor: Tensor | None, b_factor: Tensor | None, dtype: torch.dtype
+    a: Tensor, b: Tensor | None, a_factor: Tensor | None, b_factor: Tensor | None, rows: Tensor
 ) -> tuple[_Side, _Side]:
+    """Labels of anchors and contrasts, as the sums of such rows want them."""
+    dtype = _sum_dtype(rows)
+    spare = dtype != rows.dtype
     given = [(a, a_factor)] if b is None else [(a, a_factor), (b, b_factor)]
     if a.dim() == 2:
-        sides = [_Side(_entries(y, factor, dtype), y.shape[0], y.shape[1], y.device) for y, factor in given]
+        sides = [
+            _Side(_entries(y, factor, dtype), y.shape[0], y.shape[1], y.device, may_subtract=spare)
+            for y, factor in given
+        ]
         return sides[0], sides[-1]
     # One more than the largest; off the CPU, where reading it would wait, as many as there could be.
     width = 1 + max(int(y.max()) for y, _ in given) if a.device.type == "cpu" else sum(len(y) for y, _ in given)
@@ -159,7 +166,7 @@ def _entries(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Entries:
     if factor is None:
         return _remember(lambda rows, cols: x[rows, cols].to(dtype))
     factor = factor.to(dtype)
-    return _remember(lambda rows, cols: x[rows, cols] * factor[rows])
+    return _remember(lambda rows, cols: x[rows, cols].to(dtype) * factor[rows])
 
 
 def _remember(make: Entries) -> Entries:
@@ -185,10 +192,11 @@ def _sums(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows, cols, sums), parts of sum_{j != i} w_ij x_j over contrasts j, for all anchors i.
 
-    That is a_i^T (sum_j b_j x_j^T) less the self term. In float64, because for sharp labels of many classes almost
-    nothing is left after the subtraction: in float32 what is left is rounding error (up to 3e2 in the loss).
+    That is a_i^T (sum_j b_j x_j^T) less the self term. For sharp labels of many classes almost nothing is left after
+    the subtraction, in float32 nothing but rounding error (up to 3e2 in the loss): it is done in float64, and for rows
+    of float64, or where that is slow, not at all.
     """
-    if not b.are_classes and not has_fast_float64(b.device):
+    if not b.are_classes and not b.may_subtract:
         all_a, all_b = slice(0, a.size), slice(0, b.size)
         yield all_a, _ALL, _sums_by_blocks(a.entries(all_a, _ALL), b.entries(all_b, _ALL), x(all_b, _ALL), self_offset)
         return
@@ -256,9 +264,9 @@ def _sums_by_blocks(a: Tensor, b: Tensor, x: Tensor, self_offset: int | None) ->
     selves, own = _self_rows(slice(0, a.shape[0]), m, self_offset)
     if selves.start == selves.stop:
         return out
-    none = torch.zeros_like(blocks[:1])
-    # Exclusive prefix sums plus exclusive suffix sums: for each block the sum of all others.
-    others = torch.cat([none, blocks[:-1].cumsum(0)]) + torch.cat([blocks[1:].flip(0).cumsum(0).flip(0), none])
+    # For each block the sum of all others. A product, because sums along a dimension are not repeatable on GPUs.
+    all_but_one = 1 - torch.eye(len(blocks), dtype=x.dtype, device=x.device)
+    others = (all_but_one @ blocks.flatten(1)).view_as(blocks)
     left = a.new_zeros(m + pad, c)  # anchors laid out as the contrasts that they are: anchor and self share a block
     left[own] = a[selves]
     left = left.view(-1, _BLOCK, c)
@@ -287,7 +295,7 @@ def _kernel(
     others = z
     if contrasts is not None:
         others = (contrasts.clone() if contrast_factor is None else contrasts * contrast_factor).contiguous()
-    attraction, mass = _attraction(z, others, _sides(a, b, a_factor, b_factor, _sum_dtype(z)), self_offset)
+    attraction, mass = _attraction(z, others, _sides(a, b, a_factor, b_factor, z), self_offset)
     return z, z.new_empty(0) if contrasts is None else others, attraction, mass
 
 
@@ -323,7 +331,7 @@ def _grad_kernel(
     """Gradients of anchors, contrasts and their labels; empty where not wanted."""
     dtype, num_columns = _sum_dtype(anchors), anchors.shape[1]
     reverse = None if self_offset is None else -self_offset
-    left, right = _sides(a, b, a_factor, b_factor, dtype)
+    left, right = _sides(a, b, a_factor, b_factor, anchors)
     z = _entries(anchors, factor, dtype)
     others = z if contrasts is None else _entries(contrasts, contrast_factor, dtype)
     u = grad.to(dtype)[:, None]
@@ -398,21 +406,22 @@ class _MirroredAttraction(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, every: Tensor, a: Tensor, b: Tensor, self_offset: int, share: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(rows, every, a, b)
+        attraction, mass = _attraction(rows, every, _sides(a, b, None, None, rows), self_offset)
+        ctx.save_for_backward(rows, every, a, b, attraction)
         ctx.self_offset, ctx.share = self_offset, share
-        attraction, mass = _attraction(rows, every, _sides(a, b, None, None, _sum_dtype(rows)), self_offset)
         ctx.mark_non_differentiable(mass)
         return attraction, mass
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, every, a, b = ctx.saved_tensors
-        dtype = _sum_dtype(rows)
-        sides = _sides(a, b, None, None, dtype)
-        u, all_u = grad.to(dtype)[:, None], ctx.share(grad[:, None]).to(dtype)
-        parts = _both_ways(*sides, _entries(every, None, dtype), u, all_u, rows.shape[1], ctx.self_offset)
-        return _gather(parts, None, rows, None), None, None, None, None, None
+        rows, every, a, b, attraction = ctx.saved_tensors
+        with torch.no_grad():
+            dtype = _sum_dtype(rows)
+            u, all_u = grad.to(dtype)[:, None], ctx.share(grad[:, None]).to(dtype)
+            x, sides = _entries(every, None, dtype), _sides(a, b, None, None, rows)
+            d_rows = _gather(_both_ways(*sides, x, u, all_u, rows.shape[1], ctx.self_offset), None, rows, None)
+        message = 'with group, only backend="dense" can be differentiated twice'
+        return only_once(d_rows, message, attraction), None, None, None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -297,7 +297,8 @@ def _check_no_class_numbers(name: str, labels: Tensor) -> None:
     """Integers (N, V) are most likely a class for each view; read as label vectors they would be silently wrong."""
     if labels.is_floating_point() or labels.dtype == torch.bool or not may_look_at(labels):
         return
-    if labels.amax().item() > 1:
+    # Of a one-hot row one entry is not like the others.
+    if labels.amax().item() > 1 or (bool((labels == labels[:, :1]).all()) and bool(labels.any())):
         raise ValueError(
             f"{name} of shape (N, V) and dtype {labels.dtype} would be read as label vectors; for class numbers of "
             f"each view pass a sequence, {name}.unbind(1), for label vectors {name}.float()"

@@ -97,9 +97,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_tensor(name: str, value: object, device: torch.device) -> None:
-    """A real tensor on the device of the features."""
+    """A real, dense tensor on the device of the features."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {kind(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense; got {value.layout}: {name}.to_dense() makes it so")
     if value.device != device:
         raise ValueError(f"{name} must be on the device of features, {device}; got {value.device}")
     if value.is_complex():

@@ -17,6 +17,7 @@ from torch import Tensor
 # Its name since torch 2.13, and the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
+_SIZES = 2  # that a process tells the others, at most
 _TEXT = 2048  # bytes of what a process says when there is something to say
 
 
@@ -67,22 +68,23 @@ class Members(NamedTuple):
         """
         return self._exchange("\n".join(f"{name}\t{value}" for name, value in facts.items()), sizes)
 
-    def refuse(self, error: Exception, num_sizes: int) -> None:
+    def refuse(self, error: Exception) -> None:
         """Have the others raise instead of waiting for a process whose arguments are wrong."""
         # What the others say does not matter here, where `error` is about to be raised.
         text = f"\t{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self._exchange(text, (0,) * num_sizes, raises=False)
+        self._exchange(text, (), raises=False)
 
     def _exchange(self, text: str, sizes: tuple[int, ...], *, raises: bool = True) -> list[tuple[int, ...]]:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        row = [int.from_bytes(digest, "little", signed=True), *sizes]
+        # Of one length, whoever asks: a process may compute a loss while another enqueues.
+        row = [int.from_bytes(digest, "little", signed=True), *sizes, *[0] * (_SIZES - len(sizes))]
         table = self._all(torch.tensor([row], device=self.device)).tolist()
         if any(other[0] != row[0] for other in table):
             said = text.encode()[:_TEXT].ljust(_TEXT)
             texts = self._all(torch.tensor([list(said)], dtype=torch.uint8, device=self.device)).tolist()
             if raises:
                 raise ValueError(_disagreement([bytes(one).decode(errors="ignore").rstrip(" ") for one in texts]))
-        return [tuple(other[1:]) for other in table]
+        return [tuple(other[1 : 1 + len(sizes)]) for other in table]
 
     def _all(self, row: Tensor) -> Tensor:
         return gather(row, [1] * self.size, self)
@@ -115,7 +117,10 @@ def gather(rows: Tensor, counts: Sequence[int], members: Members) -> Tensor:
     """The rows of all processes, in the order of their ranks; no gradient."""
     # As bytes: every backend takes them, whatever the dtype. Of equal number, because not every backend takes others.
     most, (count, *rest) = max(counts), rows.shape
-    own = rows.detach().reshape(count, math.prod(rest)).contiguous().view(torch.uint8)
+    own = rows.detach().reshape(count, math.prod(rest)).contiguous()
+    if own.stride(1) != 1:  # which one column may have
+        own = own.clone(memory_format=torch.contiguous_format)
+    own = own.view(torch.uint8)
     if count < most:
         own = torch.cat([own, own.new_zeros(most - count, own.shape[1])])
     every = own.new_empty(members.size * most, own.shape[1])

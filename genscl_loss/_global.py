@@ -44,8 +44,9 @@ def _has_gradient(x: Tensor) -> bool:
 
 def _describe(labels: Labels) -> str:
     if isinstance(labels, VectorLabels):
-        gradients = _has_gradient(labels.anchors), _has_gradient(labels.contrasts)
-        return f"vectors of {labels.anchors.shape[1]} classes" + (", with gradient" if any(gradients) else "")
+        sides = [side for side in ("anchors", "contrasts") if _has_gradient(getattr(labels, side))]
+        gradient = f", with gradient of {' and '.join(sides)}" if sides else ""
+        return f"vectors of {labels.anchors.shape[1]} classes{gradient}"
     if isinstance(labels, ClassLabels):
         return "none" if labels.are_numbers else f"class numbers, {labels.anchors.dtype}"
     raise ValueError("label_similarity cannot be combined with group: it has no columns for the rows of others")

@@ -88,6 +88,29 @@ def _refuse_tangents(args: tuple[Any, ...]) -> None:
         )
 
 
+def only_once(result: Tensor, message: str, *outputs: Tensor) -> Tensor:
+    """Make the derivative of a gradient raise, instead of passing by what the gradient was computed from.
+
+    Args:
+        result: The gradient, in the backward pass of an `torch.autograd.Function`.
+        message: What to raise.
+        outputs: Results of its forward pass, through which a second derivative reaches all that they depend on.
+    """
+    once: Tensor = _Once.apply(result, message, *outputs) if torch.is_grad_enabled() else result  # type: ignore[no-untyped-call]
+    return once
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, message: str, *outputs: Tensor) -> Tensor:
+        ctx.message = message
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(ctx.message)
+
+
 def has_fast_float64(device: torch.device) -> bool:
     """Whether sums in float64 cost about what they cost in float32: true for CPUs and data-centre GPUs.
 

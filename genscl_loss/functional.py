@@ -68,7 +68,7 @@ def gen_supcon_loss(
         features: Embeddings of N samples in V views: (N, D), (N, V, ...) with the dots flattened to D, or a sequence
             of V tensors (N, D). Samples first, then views. Floating-point; half precision is computed in float32.
         labels: Class numbers (N,) of any real dtype, compared by equality (none of them, -1 neither, means
-            "unlabelled"); label vectors (N, C), not negative, rows of any sum from 1e-18 to 1e19, a row of zeros
+            "unlabelled"); label vectors (N, C), not negative, rows of any length from 1e-18 to 1e19, a row of zeros
             meaning "unlabelled"; (N, V, C) or a sequence of V tensors (N,) or (N, C) where views have labels of their
             own. None: the views of a sample are its positives, or, with `contrast_features` of N rows, row n is the
             positive of sample n.
@@ -202,7 +202,7 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
         agreed |= facts(batch) | {"backend": backend}
         sizes = batch.anchors.shape[0], batch.num_contrast_rows
     except Exception as error:
-        members.refuse(error, 2)
+        members.refuse(error)
         raise
     num_anchors, counts = zip(*members.agree(agreed, *sizes), strict=True)
     likelihoods = global_log_likelihoods(
@@ -213,7 +213,7 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
 
 def _told(value: object) -> object:
     if not isinstance(value, Tensor):
-        return value
+        return float(value) if isinstance(value, int) else value  # 1 and 1.0 are the same
     shown = f"{float(value.detach()):.7g}" if value.device.type == "cpu" else "a tensor"
     return f"{shown}, with gradient" if value.requires_grad else shown
 

@@ -120,7 +120,7 @@ class FeatureQueue(nn.Module):
         try:
             features, labels = self._checked(features, labels)
         except Exception as error:
-            members.refuse(error, 1)
+            members.refuse(error)
             raise
         counts = [count for (count,) in members.agree(self._facts(), len(features))]
         if max(counts) > 0:

@@ -194,3 +194,16 @@ def test_a_row_whose_squares_overflow_is_nan():
     z = attract(x, None, torch.zeros(2, dtype=torch.long), None, 0, True)[0]
     assert z[0].isnan().all()
     assert z[1].isfinite().all()
+
+
+def test_a_second_derivative_does_not_pass_through_tensors_that_others_are_made_of():
+    """The derivative with respect to rows ends there, also where the labels were computed from them."""
+    rows = torch.rand(6, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+
+    def penalty(pull) -> torch.Tensor:
+        attraction, mass = pull(rows, rows * 1.0 + rows.square())
+        (first,) = torch.autograd.grad(attraction.square().sum() + mass.square().sum(), rows, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), rows)[0]
+
+    found = penalty(lambda x, y: attract(x, None, y, None, 0, True)[2:])
+    torch.testing.assert_close(found, penalty(lambda x, y: plain(x, None, y, None, 0, True)[2:]))

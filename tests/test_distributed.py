@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genscl_loss import GenSupConLoss, _distributed, available_backends, collapsed_loss, gen_supcon_loss
+from genscl_loss import FeatureQueue, GenSupConLoss, _distributed, available_backends, collapsed_loss, gen_supcon_loss
 
 SIZES = {2: [(4, 4), (1, 5)], 3: [(3, 3, 3), (1, 6, 2)], 4: [(2, 2, 2, 2), (3, 1, 5, 1)]}
 D_IN, D, C = 5, 7, 4
@@ -364,33 +364,85 @@ def test_autocast_and_half_precision(tmp_path: Path):
 
 
 def second_derivatives() -> list[str]:
-    case: dict[str, Any] = {"labels": "soft"}
-    batches = [batch_of(case, n, seed) for seed, n in enumerate((3, 2))]
+    """What becomes of a second derivative, of features and of the temperature, with a group."""
     found = []
-    for backend in ("dense", "tiled"):
-        norms = []
-        for group, batch in ((dist.group.WORLD, batches[dist.get_rank()]), (None, together(batches))):
+    for labels, normalize, backend in itertools.product(("hard", "soft"), (True, False), ("dense", "tiled")):
+        case: dict[str, Any] = {"labels": labels}
+        batches = [batch_of(case, n, seed) for seed, n in enumerate((3, 2))]
+        options: dict[str, Any] = {"normalize": normalize, "temperature": 1.0, "backend": backend}
+
+        def penalty(group: Any, batch: dict[str, Any], options: dict[str, Any]) -> Any:
             leaf = batch["inputs"].clone().requires_grad_()
-            loss = gen_supcon_loss(leaf, batch["labels"], backend=backend, group=group)
+            loss = gen_supcon_loss(leaf, batch["labels"], group=group, **options)
             (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
-            try:
-                penalty = first.square().sum()
-                (second,) = torch.autograd.grad(penalty, leaf)
-                norms.append(second)
-            except RuntimeError as error:
-                found.append(f"{backend}: {error}")
-        if len(norms) == 2:
-            world, first_row = 2, (0, 3)[dist.get_rank()]
-            exact = world**2 * norms[1][first_row : first_row + len(norms[0])]
-            found.append(f"{backend}: {float((norms[0] - exact).abs().max() / exact.abs().max()) < 1e-9}")
+            return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+        try:
+            second = penalty(dist.group.WORLD, batches[dist.get_rank()], options)
+            exact = penalty(None, together(batches), options | {"backend": "dense"})
+            first_row = (0, 3)[dist.get_rank()]
+            exact = dist.get_world_size() ** 2 * exact[first_row : first_row + len(second)]
+            found.append(f"{backend}: {float((second - exact).abs().max() / exact.abs().max()) < 1e-9}")
+        except RuntimeError as error:
+            found.append(f"{backend}: {error}")
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    batch = batch_of({"labels": "hard"}, 3, 0)
+    loss = gen_supcon_loss(batch["inputs"], batch["labels"], temperature=tau, group=dist.group.WORLD, backend="tiled")
+    (first,) = torch.autograd.grad(loss, tau, create_graph=True)
+    try:
+        found.append(f"tiled: {torch.autograd.grad(first, tau)}")
+    except RuntimeError as error:
+        found.append(f"tiled: {error}")
     return found
 
 
 def test_second_derivatives_are_right_or_refused(tmp_path: Path):
-    for dense, *others in distributed.run(2, second_derivatives, tmp_path):
-        assert dense == "dense: True"
-        assert others
-        assert all(text.startswith("tiled: ") and "True" not in text and "False" not in text for text in others)
+    for found in distributed.run(2, second_derivatives, tmp_path):
+        assert len(found) == 9
+        for text in found:
+            assert text == "dense: True" or 'pass backend="dense"' in text or 'only backend="dense"' in text, text
+        assert found.count("dense: True") == 4
+
+
+def awkward_exchanges() -> list[str]:
+    """Strides of one column, other labels with gradients, a queue beside a loss: what was a crash or a deadlock."""
+    rank, world, said = dist.get_rank(), dist.get_world_size(), []
+    column = torch.randn(6, 2, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)[:, :1]
+    loss = gen_supcon_loss(column, torch.arange(6) % 3, normalize=False, temperature=1.0, group=dist.group.WORLD)
+    both = [torch.empty_like(column.contiguous()) for _ in range(world)]
+    dist.all_gather(both, column.contiguous())
+    whole = gen_supcon_loss(torch.cat(both), torch.arange(6).repeat(world) % 3, normalize=False, temperature=1.0)
+    said.append(str(float((loss - whole).abs()) < 1e-12))
+    queue = FeatureQueue(8, 1, group=dist.group.WORLD)
+    queue.enqueue(column.float(), torch.arange(6))
+    said.append(str(torch.equal(queue.features.double()[-6:].float(), both[-1].float())))
+    features, labels, extra = torch.randn(4, 3), torch.rand(4, 3), torch.rand(5, 3)
+    (labels, extra)[rank % 2].requires_grad_()
+    queue = FeatureQueue(8, 3, group=dist.group.WORLD)
+    gen_supcon_loss(torch.randn(2, 2, 3), group=dist.group.WORLD, base_temperature=(1, 1.0)[rank % 2])
+    for call in (
+        lambda: gen_supcon_loss(
+            features, labels, contrast_features=torch.randn(5, 3), contrast_labels=extra, group=dist.group.WORLD
+        ),
+        lambda: (
+            gen_supcon_loss(features, labels, group=dist.group.WORLD)
+            if rank % 2
+            else queue.enqueue(features, torch.arange(4))
+        ),
+    ):
+        try:
+            call()
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_awkward_exchanges(tmp_path: Path):
+    for right, queued, gradients, queue in distributed.run(2, awkward_exchanges, tmp_path):
+        assert right == queued == "True"
+        assert "processes differ in labels" in gradients
+        assert "processes differ in" in queue
 
 
 # ---- What is wrong is said on every process ----

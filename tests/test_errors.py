@@ -483,8 +483,18 @@ def test_class_numbers_of_each_view_are_not_taken_for_label_vectors():
     with pytest.raises(ValueError, match=r"^labels of shape \(N, V\) .* labels.unbind\(1\)"):
         gen_supcon_loss(features, classes)
     torch.testing.assert_close(gen_supcon_loss(features, classes.unbind(1)), gen_supcon_loss(features, classes[:, 0]))
-    multi_hot = classes.clamp(max=1)
-    torch.testing.assert_close(gen_supcon_loss(features, multi_hot), gen_supcon_loss(features, multi_hot.float()))
+    with pytest.raises(ValueError, match=r"^labels of shape \(N, V\) .* labels.unbind\(1\)"):
+        gen_supcon_loss(features, classes.clamp(max=1))  # two classes, the same in both views
+    for multi_hot in (torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]]), torch.zeros(4, 2, dtype=torch.long)):
+        torch.testing.assert_close(gen_supcon_loss(features, multi_hot), gen_supcon_loss(features, multi_hot.float()))
+
+
+def test_sparse_tensors_are_refused():
+    features, labels = torch.randn(4, 2, 8), torch.eye(4)
+    with pytest.raises(TypeError, match=r"^labels must be dense; .* labels.to_dense\(\)"):
+        gen_supcon_loss(features, labels.to_sparse())
+    with pytest.raises(TypeError, match="^label_similarity must be dense"):
+        gen_supcon_loss(features, label_similarity=labels.to_sparse())
 
 
 def test_likely_mistakes_get_a_hint():

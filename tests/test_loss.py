@@ -688,3 +688,13 @@ def test_tolerances_of_mix_builders_are_accepted(backend):
     torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=0)
     actual = run_loss(features, labels.half(), backend=backend)
     torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=0)
+
+
+def test_contrast_labels_in_float64_are_not_rounded(backend):
+    """Vectors that float32 has no numbers for."""
+    features, contrasts = random_features(3, 1, 4, seed=0)[:, 0].float(), random_features(2, 1, 4, seed=1)[:, 0].float()
+    labels, options = torch.tensor([[1.0, 0.5]] * 3), {"contrast_features": contrasts, "backend": backend}
+    large = 1e60 * torch.tensor([[1.0, 0.0], [0.2, 1.0]], dtype=torch.float64)
+    found = gen_supcon_loss(features, labels, contrast_labels=large, **options)
+    wanted = gen_supcon_loss(features, labels, contrast_labels=(large / 1e60).float(), **options)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

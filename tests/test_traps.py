@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from oracle import oracle_loss
-from strategies import generator, near_disjoint_rows, random_features, to_numpy
+from strategies import generator, near_disjoint_rows, random_features, soft_rows, to_numpy
 from torch_reference import reference_loss
 
 from genscl_loss import GenSupConLoss, collapsed_loss, gen_supcon_loss
@@ -99,6 +99,26 @@ def test_trap_1_nothing_cancels_without_float64_either(no_float64, kind, views, 
     expected.backward()
     assert relative(loss.detach(), expected.detach()) < 1e-5
     assert relative(ours.grad, wanted.grad) < 1e-5
+
+
+def test_trap_1_float64_keeps_its_digits(small_tile):
+    """Where sums have no digits to spare, nothing is subtracted."""
+    generator_ = generator(7)
+    labels = torch.softmax(30 * torch.randn(300, 300, generator=generator_, dtype=torch.float64), 1)
+    features = random_features(300, 1, 16, seed=5)[:, 0]
+    ours, wanted = features.clone().requires_grad_(), features.clone().requires_grad_()
+    found = gen_supcon_loss(ours, labels, backend="tiled", reduction="none")
+    expected = gen_supcon_loss(wanted, labels, backend="dense", reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_trap_1_wide_labels_where_float64_is_slow(no_float64):
+    features, labels = random_features(12, 2, 8, seed=6).float(), soft_rows(12, 5, seed=2)
+    found = gen_supcon_loss(features, labels.double(), backend="tiled")
+    torch.testing.assert_close(found, gen_supcon_loss(features, labels.float(), backend="dense"), rtol=1e-5, atol=1e-5)
 
 
 def test_trap_1_labels_that_share_nothing_are_exactly_empty(backend):

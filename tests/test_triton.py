@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import genscl_loss
 from genscl_loss import GenSupConLoss, gen_supcon_loss
-from genscl_loss._backends import choose, fused, plans, row_lse
+from genscl_loss._backends import choose, fused, operator, plans, row_lse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if (REASON := fused.unavailable(DEVICE)) is not None:
@@ -162,6 +162,31 @@ def test_the_sizes_meet_every_tile_edge_and_every_width():
     edges = {edge for plan in shapes for edge in (plan.block_m, plan.block_n, plan.block_edge)} | {plans.PAD}
     assert {edge + near for edge in edges for near in (-1, 0, 1)} <= set(SIZES)
     assert {plans.width(dim) for dim in DIMS} == widths
+
+
+def test_padded_rows_hold_whole_blocks():
+    """Kernels load without masks: what they load must be there."""
+    for table in (plans._FORWARD, plans._BACKWARD):
+        for lines in table.values():
+            for plan in lines.values():
+                for block in (plan.block_m, plan.block_n, plan.block_edge):
+                    assert plans.PAD % block == 0, plan
+
+
+def test_features_of_different_dtypes_are_multiplied_with_all_digits():
+    """Half precision allows products of ten bits where all features have it, not where one has."""
+    x, y = rows(20, 16), rows(20, 16, seed=1).half()
+    labels = torch.arange(20, device=DEVICE) % 3
+    found = gen_supcon_loss([x, y], labels, backend="triton")
+    exact = gen_supcon_loss([x.double(), y.double()], labels, backend="dense")
+    assert abs(found.double() - exact) < 1e-6 * exact
+
+
+def test_a_constant_temperature_needs_no_rows_for_its_gradient():
+    x, sizes = rows(600, 64).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dtype, t.numel())) or t, lambda t: t):
+        operator.row_lse(x, None, torch.tensor(10.0), 0, unit=True, precision="highest", backend="triton")
+    assert not [size for dtype, size in sizes if dtype == torch.float32 and size >= x.numel()]
 
 
 @pytest.mark.parametrize("number", SIZES)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genscl_loss._backends import dense, fused, tiled
-from genscl_loss._library import define_operator, without_autocast
+from genscl_loss._library import define_operator, only_once, without_autocast
 
 
 def row_lse(
@@ -173,9 +173,11 @@ def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _grad_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        f'backend "{ctx.backend}" has no second derivative; pass backend="dense" to differentiate the loss twice'
-    )
+    raise RuntimeError(_no_second_derivative(ctx.backend))
+
+
+def _no_second_derivative(backend: str) -> str:
+    return f'backend "{backend}" has no second derivative; pass backend="dense" to differentiate the loss twice'
 
 
 _row_lse = define_operator(
@@ -254,14 +256,32 @@ class _MirroredLse(torch.autograd.Function):
         with without_autocast(rows.device):
             lse, sums, left, right = _lse_kernel(*given, self_offset, unit, precision, backend)
         kept = (lse, *given[:2]) if backend == "tiled" else (sums, left, right)
-        ctx.save_for_backward(*kept, given[2], scale, rows if ctx.needs_input_grad[2] else None)
+        ctx.save_for_backward(lse, *kept, given[2], scale, rows if ctx.needs_input_grad[2] else None)
         ctx.options = (self_offset, share, unit, backend, rows.shape)
         return lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sums, left, right, inner_scale, scale, rows = ctx.saved_tensors
+        lse, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            d_rows, d_scale = _MirroredLse._gradients(ctx, grad, *saved)
+        message = _no_second_derivative(ctx.options[3])
+        d_rows = only_once(d_rows, message, lse)
+        d_scale = None if d_scale is None else only_once(d_scale, message, lse)
+        return d_rows, None, d_scale, None, None, None, None, None
+
+    @staticmethod
+    def _gradients(
+        ctx: Any,
+        grad: Tensor,
+        sums: Tensor,
+        left: Tensor,
+        right: Tensor,
+        inner_scale: Tensor,
+        scale: Tensor,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the rows and the scale."""
         self_offset, share, unit, backend, (num_rows, num_features) = ctx.options
         with without_autocast(grad.device):
             if backend == "tiled":
@@ -277,5 +297,4 @@ class _MirroredLse(torch.autograd.Function):
         if ctx.factor is not None:
             d_rows = d_rows * ctx.factor
         # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
-        d_scale = ((rows * d_rows).sum() / (2 * scale)).to(scale.dtype) if ctx.needs_input_grad[2] else None
-        return d_rows, None, d_scale, None, None, None, None, None
+        return d_rows, None if rows is None else ((rows * d_rows).sum() / (2 * scale)).to(scale.dtype)

@@ -46,7 +46,7 @@ def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offse
                 lse[cols] += terms.sum(0)
         lse = lse.log2_().add_(shift)
     # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
-    return lse.mul_(math.log(2)).add_(others.sum() * 0)
+    return lse.mul_(math.log(2)).add_(torch.linalg.vector_norm(others, torch.inf) * 0)
 
 
 def row_lse_grad(
