@@ -131,6 +131,8 @@ def gen_supcon_loss(
     """
 
     def prepare() -> _Problem:
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be a bool; got {type(normalize).__name__}")
         check_choice("reduction", reduction, _REDUCTIONS)
         check_choice("empty_anchors", empty_anchors, _EMPTY_ANCHORS)
         check_choice("backend", backend, BACKENDS)
@@ -323,18 +325,25 @@ def _scale_and_factor(
     temperature: float | Tensor, base_temperature: float | None, anchors: Tensor
 ) -> tuple[Tensor, float | Tensor]:
     """1 / tau as a tensor, and tau / tau_base without its gradient."""
+    smallest = torch.finfo(anchors.dtype).tiny ** 0.5
     base = None if base_temperature is None else check_number("base_temperature", base_temperature, positive=True)
+    if base is not None and base < smallest:
+        raise ValueError(f"base_temperature is too small to compute with in {anchors.dtype}; got {base}")
     if isinstance(temperature, Tensor):
+        if temperature.layout != torch.strided:
+            raise TypeError(f"temperature must be dense; got {temperature.layout}")
         if temperature.dim() != 0:
             raise ValueError(f"temperature must be a number or a 0-dim tensor; got shape {tuple(temperature.shape)}")
         if not temperature.is_floating_point():
             raise TypeError(f"temperature must be floating-point; got {temperature.dtype}")
+        if temperature.device not in (torch.device("cpu"), anchors.device):
+            raise ValueError(f"temperature must be on the device of features or the CPU; got {temperature.device}")
         check_values("temperature", temperature, positive=True)
         temperature = temperature.to(anchors.dtype)
         return temperature.reciprocal(), 1.0 if base is None else temperature.detach() / base
     temperature = check_number("temperature", temperature, positive=True)
     # On the CPU, wherever the features are: 0-dim CPU tensors go with tensors of any device and are free to read.
-    if temperature < torch.finfo(anchors.dtype).tiny ** 0.5:
+    if temperature < smallest:
         raise ValueError(f"temperature is too small to compute with in {anchors.dtype}; got {temperature}")
     scale = torch.full((), 1 / temperature, dtype=anchors.dtype, device="cpu")
     return scale, 1.0 if base is None else temperature / base

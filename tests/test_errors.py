@@ -546,3 +546,22 @@ def test_the_default_device_does_not_matter():
     expected = gen_supcon_loss(features, labels)
     with torch.device("meta"):
         assert torch.equal(gen_supcon_loss(features, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "exception", "message"),
+    [
+        ({"normalize": "no"}, TypeError, "^normalize must be a bool; got str"),
+        ({"normalize": torch.ones(2)}, TypeError, "^normalize must be a bool; got Tensor"),
+        (
+            {"temperature": torch.tensor(0.1, device="meta")},
+            ValueError,
+            "^temperature must be on the device of features",
+        ),
+        ({"temperature": torch.tensor(0.1).to_sparse()}, TypeError, "^temperature must be dense"),
+        ({"base_temperature": 1e-300}, ValueError, "^base_temperature is too small to compute with in torch.float32"),
+    ],
+)
+def test_what_would_fail_deep_inside_is_named(backend, options, exception, message):
+    with pytest.raises(exception, match=message):
+        gen_supcon_loss(torch.randn(4, 2, 8), torch.arange(4), backend=backend, **options)
