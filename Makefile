@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types docs bench demo clean
+.PHONY: help setup test lint types docs bench demo build test-wheel clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  ARGS=... is passed on to pytest, mkdocs, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
 
 setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
@@ -33,6 +33,24 @@ bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
 
 demo: $(VENV)/.installed-examples  ## Train on scikit-learn's digits and plot the result
 	$(BIN)/python examples/digits_demo.py $(ARGS)
+
+build: $(VENV)/.installed-release  ## Build and check the wheel and the source archive: dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	DIST=dist $(BIN)/python -m pytest -v tests/test_release.py
+
+# In a folder of its own: the source archive without the package, and an environment with the wheel. Left out is what
+# reads the package's files beside the pages that link to them.
+test-wheel: build  ## Run all tests against the built wheel
+	rm -rf build/wheel
+	mkdir -p build/wheel
+	tar -xzf dist/*.tar.gz --strip-components 1 -C build/wheel
+	rm -r build/wheel/genscl_loss
+	$(BIN)/python -m venv build/wheel/.venv
+	build/wheel/.venv/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev]" --constraint constraints.txt
+	cd build/wheel && .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/test_site.py \
+	    --deselect tests/test_docs.py::test_local_link_resolves --pyargs tests/ genscl_loss $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
 	rm -rf $(VENV) build dist site *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis

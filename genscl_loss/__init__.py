@@ -5,7 +5,7 @@ from genscl_loss.labels import cutmix, mixup, mixup_cutmix, smooth_labels, teach
 from genscl_loss.module import GenSupConLoss
 from genscl_loss.queue import FeatureQueue
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "FeatureQueue",

@@ -1,0 +1,37 @@
+"""Makes the description on the package index of README.md: its links lead to files that are not there.
+
+With a `Repository` in `[project.urls]` they lead to the release's files in it. Until there is one, their text stays.
+"""
+
+import re
+from pathlib import Path
+
+from hatchling.metadata.plugin.interface import MetadataHookInterface
+
+FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(!?)\[([^]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
+
+
+def description(markdown: str, repository: str | None, version: str) -> str:
+    """Return the Markdown with relative links and pictures made absolute, or without them."""
+
+    def lead(found: re.Match[str]) -> str:
+        picture, text, target = found.groups()
+        if repository is None:
+            return "" if picture else text
+        return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/v{version}/{target})"
+
+    parts = FENCE.split(markdown)
+    parts[::2] = [LINK.sub(lead, prose) for prose in parts[::2]]
+    return "".join(parts)
+
+
+class CustomMetadataHook(MetadataHookInterface):
+    """Called by hatchling, with the `[project]` table."""
+
+    def update(self, metadata: dict) -> None:
+        """Add the readme."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        repository = metadata.get("urls", {}).get("Repository")
+        text = description(text, repository, metadata["version"])
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
