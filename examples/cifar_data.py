@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their official archives, or any images in class folders, as tensors in memory."""
+"""CIFAR-10 and CIFAR-100 from their official archives, or any images in class folders; and their augmentation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import kornia.augmentation as K
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.hub import download_url_to_file
 from tqdm import tqdm
 
@@ -228,3 +229,15 @@ def _decode(content: bytes, name: str, size: int) -> Tensor:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# ------------------------------------------------------------------ augmentation
+def make_augmentation(name: str, size: int) -> nn.Module:
+    """Draws one transformation for each image, all of a batch at a time, on the device of the images."""
+    if name == "none":
+        return nn.Identity()
+    crop = K.RandomResizedCrop((size, size), scale=(0.2, 1.0), cropping_mode="resample")
+    flip = K.RandomHorizontalFlip()
+    if name == "randaugment":
+        return K.AugmentationSequential(crop, flip, K.auto.RandAugment(n=2, m=9))
+    return K.AugmentationSequential(crop, flip, K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2))

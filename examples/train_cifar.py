@@ -29,11 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import kornia.augmentation as K
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cifar_data import CIFAR, DataError, Images, load
+from cifar_data import CIFAR, DataError, Images, load, make_augmentation
 from matplotlib.figure import Figure
 from networks import ENCODERS, NORMS, CheckpointError, Network, load_teacher, make_network, read_checkpoint
 from sklearn.manifold import TSNE
@@ -70,7 +69,7 @@ class World:
         if kind == "cuda":
             kind = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(kind)
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo")
         return World(dist.get_rank(), dist.get_world_size(), torch.device(kind))
 
     @property
@@ -82,18 +81,6 @@ class World:
         if self.group is not None:
             dist.all_reduce(values)
         return (values / self.size).tolist()
-
-
-# ------------------------------------------------------------------ augmentation
-def make_augmentation(name: str, size: int) -> nn.Module:
-    """Draws one transformation for each image, all of a batch at a time, on the device of the images."""
-    if name == "none":
-        return nn.Identity()
-    crop = K.RandomResizedCrop((size, size), scale=(0.2, 1.0), cropping_mode="resample")
-    flip = K.RandomHorizontalFlip()
-    if name == "randaugment":
-        return K.AugmentationSequential(crop, flip, K.auto.RandAugment(n=2, m=9))
-    return K.AugmentationSequential(crop, flip, K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2))
 
 
 # ------------------------------------------------------------------ one run
@@ -367,10 +354,12 @@ def draw(run: Run, features: Tensor, labels: Tensor) -> None:
 
 # ------------------------------------------------------------------ the script
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+
+    def add(name: str, help: str, **options) -> None:
+        shown = "" if options.get("default") is None else " (default: %(default)s)"
+        parser.add_argument(name, help=help + shown, **options)
+
     add("--data", default="cifar10", help=f"{', '.join(CIFAR)}, or a folder or tar of class folders")
     add("--data-folder", type=Path, default=Path("data"), help="where official archives are, or are downloaded to")
     add("--per-class", type=int, help="use so many training images of each class (default: all)")
