@@ -166,7 +166,7 @@ def _entries(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Entries:
     if factor is None:
         return _remember(lambda rows, cols: x[rows, cols].to(dtype))
     factor = factor.to(dtype)
-    return _remember(lambda rows, cols: x[rows, cols].to(dtype) * factor[rows])
+    return _remember(lambda rows, cols: (x[rows, cols] * factor[rows]).to(dtype))
 
 
 def _remember(make: Entries) -> Entries:
