@@ -134,7 +134,7 @@ def throughput(settings: list[str]) -> dict[str, Any]:
     options = trainer.parse_options([*settings, "--method", "genscl", "--mix", "mixup_cutmix"])
     world = trainer.World.join(options.device)
     images = load(options.data, options.data_folder, options.per_class, options.image_size).to(world.device)
-    options.out, options.resume = Path("not-written"), False
+    options.out = Path("not-written")
     run = trainer.start(options, images, trainer.World(1, 1, world.device))  # rank 1 writes nothing
     objective, _ = trainer.make_objective(run, images, None, options, world)
     size, shape = options.batch_size, images.train[0].shape[1:]

@@ -146,7 +146,7 @@ def read_checkpoint(path: Path, trusted: bool = False) -> object:
     except pickle.UnpicklingError as error:
         hint = "" if trusted else "; if it is a whole module, of a source that you trust, add --trust-teacher"
         raise CheckpointError(f"{path} is damaged, or holds more than tensors{hint}") from error
-    except (RuntimeError, EOFError, OSError, AttributeError, ImportError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 

@@ -11,8 +11,7 @@
     python examples/train_cifar.py --smoke --data PATH         # seconds: does it run at all?
 
 After training, the frozen encoder is judged by a linear classifier and by its nearest neighbours. `--resume` goes on
-with a run that was interrupted. What is written to `--out`, and how to use your own data, networks and teachers:
-`examples/README.md`. Measured accuracies: `benchmarks/README.md`.
+with a run that was interrupted. Your own data, networks and teachers: `examples/README.md`.
 """
 
 from __future__ import annotations
@@ -76,12 +75,6 @@ class World:
     def group(self) -> dist.ProcessGroup | None:
         return dist.group.WORLD if dist.is_initialized() else None
 
-    def mean(self, values: Tensor) -> list[float]:
-        values = values.clone()
-        if self.group is not None:
-            dist.all_reduce(values)
-        return (values / self.size).tolist()
-
 
 # ------------------------------------------------------------------ one run
 @dataclass
@@ -111,16 +104,19 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(self.checkpoint)
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
         (self.folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
 
     def resume(self) -> None:
         saved = read_checkpoint(self.checkpoint)
-        for name in self.config.keys() - MAY_DIFFER:
+        for name in sorted(self.config.keys() - MAY_DIFFER):
             before, now = saved["config"].get(name), self.config[name]
             if before != now:
-                option = f"--{name.replace('_', '-')}"
-                raise RunError(f"{self.folder} has a run with {option} {before}, not {now}: choose another --out")
+                what = name.replace("_", "-")
+                raise RunError(f"{self.folder} has a run with {what} {before}, not {now}: choose another --out")
         if saved["classes"] != self.classes:
             raise RunError(f"{self.folder} is a run on other classes: {', '.join(saved['classes'])}")
         self.model.load_state_dict(saved["model"])
@@ -131,7 +127,7 @@ class Run:
 
 def start(options: argparse.Namespace, images: Images, world: World) -> Run:
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    config |= {"train_images": len(images.train[1]), "test_images": len(images.test[1])}
+    config |= {"train_images": len(images.train[1]), "test_images": len(images.test[1]), "processes": world.size}
     torch.manual_seed(options.seed)
     model = make_network(config, len(images.classes), *images.statistics())
     model = model.to(world.device, memory_format=torch.channels_last)
@@ -142,15 +138,18 @@ def start(options: argparse.Namespace, images: Images, world: World) -> Run:
     optimizer = torch.optim.SGD(**given, momentum=0.9, nesterov=True) if is_sgd else torch.optim.AdamW(**given)
     scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
     run = Run(config, images.classes, model, optimizer, scaler, [], options.out)
-    if run.checkpoint.exists():
-        if not options.resume:
-            raise RunError(f"{options.out} holds a run already: go on with it (--resume), or choose another --out")
+    if options.resume and run.checkpoint.exists():
         run.resume()
-    elif world.rank == 0:
+    if world.rank == 0:
         (options.out / "source").mkdir(parents=True, exist_ok=True)
+        try:  # exclusively: another run may be starting in the same folder
+            with (options.out / "config.json").open("w" if options.resume else "x", encoding="utf-8") as file:
+                file.write(json.dumps(config, indent=1) + "\n")
+        except FileExistsError:
+            raise RunError(f"{options.out} holds a run already: --resume it, or choose another --out") from None
         for name in SOURCES:
             shutil.copy(Path(__file__).parent / name, options.out / "source")
-        (options.out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        run.write_metrics()
     return run
 
 
@@ -231,14 +230,19 @@ def train(run: Run, images: Images, teacher: nn.Module | None, options: argparse
                 checked = number + 1
             bar.update(2 * size)
         bar.close()
-        seconds, values = time.perf_counter() - began, world.mean(losses)
+        seconds = time.perf_counter() - began
+        if world.group is not None:
+            dist.all_reduce(losses)
+        values = (losses / world.size).tolist()
         mean, rate = math.fsum(values) / per_epoch, total / seconds
         entry = {"epoch": epoch + 1, "loss": mean, "last_loss": values[-1], "collapsed_loss": collapsed}
         entry |= {"lr": run.optimizer.param_groups[0]["lr"], "seconds": seconds, "images_per_second": rate}
-        check_weights(epoch, run)
+        # The last step may have spoilt the weights, which no loss has shown yet.
+        if not all(torch.isfinite(weights).all() for weights in run.model.parameters()):
+            stop(f"the weights are not finite after epoch {epoch + 1}", run)
         run.history.append(entry)
         if world.rank == 0:
-            if collapsed is not None and epoch > options.warmup_epochs and abs(mean / collapsed - 1) < 0.01:
+            if collapsed is not None and epoch > options.warmup_epochs and abs(mean / collapsed - 1) < 0.002:
                 tqdm.write(f"warning: the loss is that of a collapsed model, {collapsed:.3f}; a lower --lr may help")
             if options.knn_every and (epoch + 1) % options.knn_every == 0:
                 entry["knn"] = neighbours(*features_of(run, images, options, world))[0]
@@ -249,12 +253,6 @@ def check_finite(losses: Tensor, epoch: int, run: Run) -> None:
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         stop(f"the loss is not finite at step {int(bad[0]) + 1} of epoch {epoch + 1}", run)
-
-
-def check_weights(epoch: int, run: Run) -> None:
-    """The last step of an epoch may spoil the weights, which no loss has shown yet."""
-    if not all(torch.isfinite(weights).all() for weights in run.model.parameters()):
-        stop(f"the weights are not finite after epoch {epoch + 1}", run)
 
 
 def stop(what: str, run: Run) -> NoReturn:
@@ -364,7 +362,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data-folder", type=Path, default=Path("data"), help="where official archives are, or are downloaded to")
     add("--per-class", type=int, help="use so many training images of each class (default: all)")
     add("--image-size", type=int, default=32, help="to which images of folders are scaled")
-    add("--augment", choices=("standard", "randaugment", "none"), default="standard", help="of each view")
+    add(
+        "--augment",
+        choices=("standard", "randaugment", "none"),
+        default="standard",
+        help="of each view; RandAugment chooses its operations anew for each batch",
+    )
     add("--method", choices=("ce", "supcon", "genscl"), default="genscl", help="what is minimised")
     add("--mix", choices=MIXES, default="none", help="how images and labels are mixed, each view on its own")
     add("--mix-alpha", type=float, default=1.0, help="the mixing weight is drawn from Beta(alpha, alpha)")
@@ -411,6 +414,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("weight_decay", "teacher_weight", "mix_alpha"):
         if not 0 <= getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
     if options.batch_size % (processes := int(os.environ.get("WORLD_SIZE", "1"))):
         parser.error(f"--batch-size must be a multiple of the number of processes, {processes}")
     return options
@@ -434,7 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
         train(run, images, teacher, options, world)
         if world.rank == 0:
             evaluate(run, images, options, world)
-    except (CheckpointError, DataError, RunError) as error:
+    except (CheckpointError, DataError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
     if dist.is_initialized():
         dist.barrier()  # not before the first process has judged the encoder

@@ -224,10 +224,22 @@ def test_a_run_is_not_overwritten(archive, tmp_path):
     train(archive, tmp_path, "--method", "supcon")
     before = (tmp_path / "last.pt").read_bytes()
     assert "--resume" in refusal(archive, tmp_path, "--method", "supcon")
-    assert "a run with --lr 0.0078125, not 0.5" in refusal(
+    assert "a run with lr 0.0078125, not 0.5" in refusal(
         archive, tmp_path, "--method", "supcon", "--resume", "--lr", "0.5"
     )
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_two_runs_that_start_in_one_folder_are_told_apart(archive, tmp_path):
+    (tmp_path / "config.json").write_text("{}")  # of a run that has no checkpoint yet
+    assert "holds a run already" in refusal(archive, tmp_path, "--method", "supcon")
+    assert (tmp_path / "config.json").read_text() == "{}"
+    train(archive, tmp_path, "--method", "supcon", "--resume")
+
+
+def test_a_folder_that_cannot_be_is_named(archive, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refusal(archive, tmp_path / "file" / "run", "--method", "supcon")
 
 
 def test_a_truncated_checkpoint_is_named_and_kept(archive, tmp_path):
@@ -586,7 +598,8 @@ def test_a_teacher_for_cross_entropy(archive, tmp_path):
     ("saved", "options", "message"),
     [
         (None, [], "does not exist"),
-        (b"nothing", [], "is damaged"),
+        (b"nothing", [], "teacher.pt"),
+        (b"weights, I hope\n", [], "teacher.pt"),
         (make_teacher(), [], "add --trust-teacher"),
         (make_wide_teacher(), ["--trust-teacher"], "must give 4 logits for an image; got (2, 7)"),
         (make_teacher().state_dict(), [], "name their network with --teacher-model"),
