@@ -176,12 +176,6 @@ def training_section(path, report):
         rows.append([METHODS.get(key, key), f"{len(runs)}", *cells, f"{mean(run['seconds'] for run in runs):,.0f}"])
     parts.append("Top-1 test accuracy in %, mean ± standard deviation over the seeds:\n")
     parts.append(markdown_table(["method", "seeds", *judges, "seconds a run"], rows, words=1))
-    rates = report.get("throughput")
-    if rates:
-        parts.append(
-            f"{rates['training']:,.0f} images/s in training steps, {rates['bare']:,.0f} in the bare network: "
-            f"{rates['fraction']:.2f} of its rate.\n"
-        )
     return "\n".join(parts)
 
 
