@@ -103,7 +103,7 @@ def make_labels(kind: str, number: int, views: int, classes: int, mass: float, s
         return torch.stack([soft_rows(number, classes, seed + v) for v in range(views)], dim=1)
     if kind == "multihot":  # zero rows ("unlabelled") are among them
         rows = torch.randint(0, 2, (number, classes + 1), generator=rng)
-        return rows.double() if classes + 1 == views else rows  # integers (N, V) may be refused: class numbers of views?
+        return rows.double() if classes + 1 == views else rows  # integers (N, V) could be classes of views
     if kind == "near_disjoint":
         return near_disjoint_rows(number, mass, seed)
     raise AssertionError(kind)

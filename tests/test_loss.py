@@ -630,6 +630,10 @@ def test_inputs_are_left_as_they_were(backend, small_tile):
     run_loss(**tensors, backend=backend).backward()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, before[name]), name
+    similarity = torch.rand(V * N, V * N, generator=generator(39), dtype=tensors["features"].dtype)
+    given = similarity.clone()
+    run_loss(tensors["features"], label_similarity=given, backend=backend)
+    assert torch.equal(given, similarity)  # with its diagonal, which plays no part
 
 
 def test_a_tuple_of_views_equals_the_stacked_tensor_bit_for_bit(backend, small_tile):
