@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types docs bench demo build test-wheel clean
+.PHONY: help setup test lint types coverage docs bench demo build test-wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,12 @@ lint: setup  ## Run ruff
 
 types: setup  ## Run mypy on the package
 	$(BIN)/python -m mypy
+
+coverage: setup  ## Run all tests and list the lines and branches that none of them takes
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 docs: $(VENV)/.installed-docs  ## Build the documentation: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
@@ -53,7 +59,7 @@ test-wheel: build  ## Run all tests against the built wheel
 	    --deselect tests/test_docs.py::test_local_link_resolves --pyargs tests/ genscl_loss $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
-	rm -rf $(VENV) build dist site *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from genscl_loss import available_backends, gen_supcon_loss
 from genscl_loss._backends import choose, tiled
@@ -251,6 +253,36 @@ def test_one_shift_leaves_room_below_for_processors_without_subnormal_numbers():
             torch.testing.assert_close(lse[0].item(), math.log(3) - 1 / tau, rtol=1e-6, atol=0)
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_the_logits_of_a_self_contrast_are_symmetric_and_half_of_them_is_computed(small_tile):
+    """Values do not show it: what serves logits of any size would give the same, at twice the cost and more."""
+    z, _, scale = make(16, None)
+    lse = tiled.row_lse(z, None, scale, 0)
+    with FlopCounterMode(display=False) as forward:
+        tiled.row_lse(z, None, scale, 0)
+    with FlopCounterMode(display=False) as backward:  # logits only: it does not count what is added in place
+        tiled.row_lse_grad(torch.ones_like(lse), lse, z, None, scale, 0, False)
+    matrix, diagonal = 2 * 16 * 16 * z.shape[1], small_tile / 16  # one tile in four is on the diagonal
+    assert 0 < forward.get_total_flops() <= matrix * (1 + diagonal) / 2
+    assert 0 < backward.get_total_flops() <= matrix * (1 + diagonal) / 2
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wanted"),
+    [
+        ([torch.float16] * 2, "high"),
+        ([torch.bfloat16] * 2, "high"),
+        ([torch.float32] * 2, "highest"),
+        ([torch.float16, torch.float32], "highest"),
+        ([torch.float16, torch.bfloat16], "highest"),
+    ],
+)
+def test_products_of_few_digits_are_for_features_that_all_have_few(dtypes, wanted):
+    views = [torch.randn(6, 8).to(dtype) for dtype in dtypes]
+    with patch("genscl_loss.functional.row_lse", wraps=any_row_lse) as called:
+        gen_supcon_loss(views, backend="tiled")
+    assert called.call_args.kwargs["precision"] == wanted
 
 
 def test_the_dense_backend_hides_the_self_term_from_any_logits():

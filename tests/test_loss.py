@@ -261,6 +261,15 @@ def test_the_self_column_of_label_similarity_is_ignored(backend, small_tile):
     assert run_loss(features, label_similarity=other, backend=backend).item() == pytest.approx(value.item())
 
 
+@pytest.mark.not_on_triton("needs float64")
+def test_sharp_label_vectors_in_float64_keep_the_digits_of_float64(backend):
+    """The cosines are 1e-7 of the self term: taken away from a sum with it, they would have nine digits."""
+    features = random_features(40, 1, D, seed=43)
+    labels = near_disjoint_rows(40, 1e-7, seed=44)
+    options = {"labels": labels, "reduction": "none"}
+    expect(run_loss(features, **options, backend=backend), features, options, rtol=1e-12, atol=0)
+
+
 def test_a_float32_label_similarity_with_a_small_positive_mass_keeps_its_precision(backend, small_tile):
     features = random_features(N, 1, D, seed=7)
     similarity = torch.rand(N, N, generator=generator(8)) * 1e-6
@@ -532,6 +541,7 @@ def test_equal_features_give_the_collapsed_loss(backend, scale):
     loss = run_loss(features, torch.arange(16) % 4, temperature=0.1, backend=backend)
     assert loss.item() == pytest.approx(math.log(31) * 0.1 / 0.07, rel=1e-5)
     assert genscl_loss.collapsed_loss(31, 0.1) == pytest.approx(math.log(31) * 0.1 / 0.07, rel=1e-12)
+    assert genscl_loss.collapsed_loss(31, 0.1, None) == pytest.approx(math.log(31), rel=1e-12)
 
 
 def test_one_class_batches_have_a_loss(backend, small_tile):
@@ -630,6 +640,10 @@ def test_inputs_are_left_as_they_were(backend, small_tile):
     run_loss(**tensors, backend=backend).backward()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, before[name]), name
+    similarity = torch.rand(V * N, V * N, generator=generator(39), dtype=tensors["features"].dtype)
+    given = similarity.clone()
+    run_loss(tensors["features"], label_similarity=given, backend=backend)
+    assert torch.equal(given, similarity)  # with its diagonal, which plays no part
 
 
 def test_a_tuple_of_views_equals_the_stacked_tensor_bit_for_bit(backend, small_tile):
