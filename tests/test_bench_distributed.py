@@ -189,20 +189,20 @@ def test_the_page_has_the_table_of_the_model(bench):
 
 
 def test_the_page_has_the_numbers_of_the_reports():
-    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    rows = [row for path in COMMITTED for row in json.loads(path.read_text())["results"]]
-    cases: dict[tuple[int, int, str], dict[str, Any]] = {}
-    for row in rows:
-        world, n_local = row["n"] // row["n_local"], row["n_local"]
-        cases.setdefault((world, n_local, row["labels"]), {})[row["method"]] = row
-    for (world, n_local, labels), by_method in cases.items():
-        ours = by_method["group"]
-        ratios = [by_method[key]["ms"][1] / ours["ms"][1] for key in ("plain", "own_rows", "dense", "auto")]
-        received = [sum(by_method[key]["received_bytes"]) / 1e6 for key in ("group", "plain")]
-        extra = [by_method[key]["extra_bytes"] / 1e6 for key in ("group", "plain", "own_rows")]
-        line = f"| {world} x {n_local:,} | {labels} | {' | '.join(f'{ratio:.1f}x' for ratio in ratios)} "
-        line += f"| {', '.join(f'{mb:.2f}' for mb in received)} | {', '.join(f'{mb:.0f}' for mb in extra)} |"
-        assert line in page
+    """The tables are on the page of benchmarks, made from the reports; here are the extremes, written by hand."""
+    page = " ".join((ROOT / "docs" / "distributed.md").read_text(encoding="utf-8").split())
+    times: dict[str, list[float]] = {}
+    for path in COMMITTED:
+        report = json.loads(path.read_text())
+        if report["processes"] > 1:
+            cases = [(row["n_local"], row["labels"], row["method"]) for row in report["results"]]
+            medians = dict(zip(cases, (row["ms"][1] for row in report["results"]), strict=True))
+            for (*case, method), ms in medians.items():
+                times.setdefault(method, []).append(ms / medians[(*case, "group")])
+    extremes = {method: (f"{min(ratios):.1f}", f"{max(ratios):.1f}") for method, ratios in times.items()}
+    assert "{} to {} times than gathering everything".format(*extremes["plain"]) in page
+    assert "{} to {} times than the same for the rows of this process only".format(*extremes["own_rows"]) in page
+    assert "{} to {} times, and {} to {} times".format(*extremes["dense"], *extremes["auto"]) in page
 
 
 def test_the_example_of_the_page_runs(tmp_path):
