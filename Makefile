@@ -5,6 +5,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Each file to one process, the long ones first (tests/conftest.py).
+SHARE := --dist loadfile --no-loadscope-reorder
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -17,7 +20,7 @@ help:  ## Show this list
 setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
 
 test: lint types setup  ## Lint, check types, run all tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 lint: setup  ## Run ruff
 	$(BIN)/python -m ruff check .
@@ -27,7 +30,7 @@ types: setup  ## Run mypy on the package
 
 coverage: setup  ## Run all tests and list the lines and branches that none of them takes
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m coverage run -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
@@ -55,7 +58,7 @@ test-wheel: build  ## Run all tests against the built wheel
 	rm -r build/wheel/genscl_loss
 	$(BIN)/python -m venv build/wheel/.venv
 	build/wheel/.venv/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev]" --constraint constraints.txt
-	cd build/wheel && .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/test_site.py \
+	cd build/wheel && .venv/bin/python -m pytest -n logical --maxprocesses 4 $(SHARE) --ignore tests/test_site.py \
 	    --deselect tests/test_docs.py::test_local_link_resolves --pyargs tests/ genscl_loss $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built

@@ -26,6 +26,16 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+# Files that take longest, so that the last process to end has no long one left when the others are done.
+_LONG = ["kernels_aot", "triton", "properties", "distributed", "compile"]
+_LONG += ["train_cifar", "bench_train", "momentum_queue", "module"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(params=["dense", "tiled", "auto", "triton"])
 def backend(request) -> str:
     """Every backend name; "triton" in Triton's interpreter, and not for tests that are marked `not_on_triton`."""
