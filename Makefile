@@ -11,10 +11,10 @@ SHARE := --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types coverage docs bench demo build test-wheel clean
+.PHONY: help setup test lint types coverage docs bench demo build test-wheel test-oldest clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  ARGS=... is passed on to pytest, mkdocs, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
 
 setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
@@ -60,6 +60,18 @@ test-wheel: build  ## Run all tests against the built wheel
 	build/wheel/.venv/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev]" --constraint constraints.txt
 	cd build/wheel && .venv/bin/python -m pytest -n logical --maxprocesses 4 $(SHARE) --ignore tests/test_site.py \
 	    --deselect tests/test_docs.py::test_local_link_resolves --pyargs tests/ genscl_loss $(ARGS)
+
+# The oldest versions that pyproject.toml allows, of what a release of torch comes with. Everything else as ever.
+OLDEST := torch==2.8.0 triton==3.4.0 numpy==2.3.5
+
+test-oldest: $(VENV)/.created  ## Run all tests with the oldest PyTorch that is supported
+	rm -rf build/oldest
+	mkdir -p build/oldest
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > build/oldest/constraints.txt
+	printf '%s\n' $(OLDEST) >> build/oldest/constraints.txt
+	$(BIN)/python -m venv build/oldest/.venv
+	build/oldest/.venv/bin/python -m pip install --quiet --editable '.[dev]' --constraint build/oldest/constraints.txt
+	build/oldest/.venv/bin/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
 	rm -rf $(VENV) build dist site *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -3,15 +3,11 @@
     python examples/train_cifar.py --method supcon --out runs/supcon
     python examples/train_cifar.py --method genscl --mix mixup_cutmix --out runs/mix
 
-    # with a teacher
-    python examples/train_cifar.py --method ce --mix mixup_cutmix --out runs/teacher
-    python examples/train_cifar.py --method genscl --mix mixup_cutmix --teacher runs/teacher/last.pt --out runs/kd
-
     torchrun --nproc-per-node 8 examples/train_cifar.py ...    # each process has its share of the batch
-    python examples/train_cifar.py --smoke --data PATH         # seconds: does it run at all?
+    python examples/train_cifar.py --smoke --data PATH         # within a minute: does it run at all?
 
 After training, the frozen encoder is judged by a linear classifier and by its nearest neighbours. `--resume` goes on
-with a run that was interrupted. Your own data, networks and teachers: `examples/README.md`.
+with a run that was interrupted. Teachers, and data and networks of your own: `examples/README.md`.
 """
 
 from __future__ import annotations
@@ -33,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cifar_data import CIFAR, DataError, Images, load, make_augmentation
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from networks import ENCODERS, NORMS, CheckpointError, Network, load_teacher, make_network, read_checkpoint
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
@@ -146,7 +143,7 @@ def start(options: argparse.Namespace, images: Images, world: World) -> Run:
             with (options.out / "config.json").open("w" if options.resume else "x", encoding="utf-8") as file:
                 file.write(json.dumps(config, indent=1) + "\n")
         except FileExistsError:
-            raise RunError(f"{options.out} holds a run already: --resume it, or choose another --out") from None
+            raise RunError(f"another run has just begun in {options.out}: choose another --out") from None
         for name in SOURCES:
             shutil.copy(Path(__file__).parent / name, options.out / "source")
         run.write_metrics()
@@ -243,7 +240,7 @@ def train(run: Run, images: Images, teacher: nn.Module | None, options: argparse
         run.history.append(entry)
         if world.rank == 0:
             if collapsed is not None and epoch > options.warmup_epochs and abs(mean / collapsed - 1) < 0.002:
-                tqdm.write(f"warning: the loss is that of a collapsed model, {collapsed:.3f}; a lower --lr may help")
+                tqdm.write(f"warning: the loss is that of a collapsed model, {collapsed:.3f}: if it stays, lower --lr")
             if options.knn_every and (epoch + 1) % options.knn_every == 0:
                 entry["knn"] = neighbours(*features_of(run, images, options, world))[0]
             run.save()
@@ -327,27 +324,33 @@ def evaluate(run: Run, images: Images, options: argparse.Namespace, world: World
 
 
 def draw(run: Run, features: Tensor, labels: Tensor) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [entry["epoch"] for entry in run.history]
-    left.plot(epochs, [entry["loss"] for entry in run.history])
+    judged = [(entry["epoch"], entry["knn"]) for entry in run.history if "knn" in entry]
+    figure = Figure(figsize=(9 if judged else 5, 3.6), layout="constrained")
+    left, *others = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
+    left.plot([entry["epoch"] for entry in run.history], [entry["loss"] for entry in run.history], marker=".")
     if (collapsed := run.history[-1]["collapsed_loss"]) is not None:
         left.axhline(collapsed, color="tab:red", linestyle="--", label="collapsed model")
         left.legend()
-    left.set(xlabel="epoch", ylabel="training loss")
-    judged = [(entry["epoch"], entry["knn"]) for entry in run.history if "knn" in entry]
-    right.plot(*zip(*judged, strict=True), marker="o") if judged else right.set_axis_off()
-    right.set(xlabel="epoch", ylabel="kNN accuracy in %")
+    left.set(ylabel="training loss")
+    for right in others:
+        right.plot(*zip(*judged, strict=True), marker="o")
+        right.set(ylabel="kNN accuracy in %")
+    for axis in figure.axes:
+        axis.set(xlabel="epoch"), axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(run.folder / "curves.png", dpi=130)
 
     shown = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:1000]  # not the first: all classes
     features, labels = F.normalize(features[shown]), labels[shown]
     points = TSNE(perplexity=min(30, (len(features) - 1) / 3), random_state=0).fit_transform(features)
-    figure = Figure(figsize=(6.5, 5.5), layout="constrained")
-    axis = figure.subplots()
-    axis.scatter(*points.T, c=labels, cmap="tab10" if len(run.classes) <= 10 else "nipy_spectral", s=6, linewidths=0)
+    axis = Figure(figsize=(7.5, 5.5), layout="constrained").subplots()
+    cmap, most = ("tab10", 9) if len(run.classes) <= 10 else ("nipy_spectral", len(run.classes) - 1)
+    dots = axis.scatter(*points.T, c=labels, cmap=cmap, vmin=0, vmax=most, s=6, linewidths=0)
+    if len(run.classes) <= 20:
+        for i, name in enumerate(run.classes):
+            axis.scatter([], [], color=dots.to_rgba(i), label=name)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     axis.set(xticks=[], yticks=[], title="Test images: encoder features, t-SNE")
-    figure.savefig(run.folder / "embeddings.png", dpi=130)
+    axis.figure.savefig(run.folder / "embeddings.png", dpi=130)
 
 
 # ------------------------------------------------------------------ the script
@@ -362,12 +365,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data-folder", type=Path, default=Path("data"), help="where official archives are, or are downloaded to")
     add("--per-class", type=int, help="use so many training images of each class (default: all)")
     add("--image-size", type=int, default=32, help="to which images of folders are scaled")
-    add(
-        "--augment",
-        choices=("standard", "randaugment", "none"),
-        default="standard",
-        help="of each view; RandAugment chooses its operations anew for each batch",
-    )
+    kinds = ("standard", "randaugment", "none")  # RandAugment chooses its operations anew for each batch
+    add("--augment", choices=kinds, default="standard", help="random changes of each view")
     add("--method", choices=("ce", "supcon", "genscl"), default="genscl", help="what is minimised")
     add("--mix", choices=MIXES, default="none", help="how images and labels are mixed, each view on its own")
     add("--mix-alpha", type=float, default=1.0, help="the mixing weight is drawn from Beta(alpha, alpha)")
@@ -424,13 +423,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     try:
+        if (options.out / "config.json").exists() and not options.resume:
+            raise RunError(f"{options.out} holds a run already: --resume it, or choose another --out")
         images = load(options.data, options.data_folder, options.per_class, options.image_size)
         if options.batch_size > len(images.train[1]):
             raise RunError(f"--batch-size {options.batch_size} is more than all {len(images.train[1])} training images")
-        teacher = None
-        if options.teacher is not None:
-            given = (options.teacher, options.teacher_model, options.trust_teacher)
-            teacher = load_teacher(*given, images.classes, images.train[0].shape[-1])
+        given = (options.teacher, options.teacher_model, options.trust_teacher, images.classes)
+        teacher = load_teacher(*given, images.train[0].shape[-1]) if options.teacher else None
         world = World.join(options.device)
         images = images.to(world.device)
         run = start(options, images, world)

@@ -5,7 +5,7 @@ Rows are view-major throughout: row v * N + n is view v of sample n.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from genscl_loss._checks import check_tensor, check_values, kind, may_look_at
 CONTRAST_MODES = ("all", "one", "first")
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)  # not a tuple: `torch.compile` finds no properties of those before torch 2.10
+class Batch:
     """Anchors, what they are contrasted with, and what makes positives."""
 
     anchors: Tensor  # (A, D), float32 or float64
@@ -48,7 +49,7 @@ class Batch(NamedTuple):
     @property
     def num_contrasts(self) -> int:
         """Contrasts that each anchor sees."""
-        return self.num_contrast_rows - (self.self_offset is not None)
+        return self.num_contrast_rows - (0 if self.self_offset is None else 1)
 
 
 def make_batch(
@@ -90,7 +91,8 @@ def make_batch(
     return Batch(anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.given, views.num_given)
 
 
-class _Views(NamedTuple):
+@dataclass(frozen=True)
+class _Views:
     """Views of N samples, and which of them are anchors and contrasts."""
 
     features: tuple[Tensor, ...]  # (N, D) each; those that the mode uses
@@ -245,8 +247,8 @@ def _paired_views(views: _Views) -> ClassLabels:
     if views.contrast_features is None:
         if views.num_given == 1:
             raise ValueError(
-                "labels is missing and features has one view: nothing could be a positive. Give labels, a second view, "
-                "or contrast_features"
+                "labels is missing and features has one view: nothing could be a positive. Give labels (a teacher's "
+                "alone, too, go there), a second view, or contrast_features"
             )
     elif views.num_contrast_rows != views.num_samples:
         raise ValueError(
@@ -267,11 +269,7 @@ def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -
     expected = f"{name} must be (N,), (N, C), (N, V, C) or a sequence of V tensors (N,) or (N, C)"
     if isinstance(labels, Tensor):
         if labels.dim() not in (1, 2, 3) or labels.shape[0] != n or (labels.dim() == 3 and labels.shape[1] != v):
-            hint = ""
-            if labels.dim() and labels.shape[0] == n * v:
-                hint = "; give a label for each sample, not for each row, or a sequence of V tensors"
-            elif labels.dim() and labels.shape[0] == v:
-                hint = "; are the views first in features? They come second, features.transpose(0, 1)"
+            hint = _hint(labels.shape[0], n, v) if labels.dim() else ""
             raise ValueError(f"{expected}, with N = {n} and V = {v}; got shape {tuple(labels.shape)}{hint}")
         per_view: Sequence[Tensor] = labels.unbind(1) if labels.dim() == 3 else [labels] * v
         given: Sequence[Tensor] = [labels]
@@ -291,6 +289,17 @@ def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -
     if isinstance(labels, Tensor) and labels.dim() == 2 and 1 < labels.shape[1] == v:
         _check_no_class_numbers(name, labels)
     return per_view
+
+
+def _hint(num_labels: int, n: int, v: int) -> str:
+    """What a wrong number of labels most likely comes from."""
+    if v > 1 and num_labels == n * v:
+        return "; give a label for each sample, not for each row, or a sequence of V tensors"
+    if v > 1 and num_labels == v:
+        return "; are the views first in features? They come second, features.transpose(0, 1)"
+    if v == 1 and 1 < num_labels < n and n % num_labels == 0:
+        return f"; are views concatenated in features? Then pass features.chunk({n // num_labels})"
+    return ""
 
 
 def _check_no_class_numbers(name: str, labels: Tensor) -> None:

@@ -53,7 +53,7 @@ def gen_supcon_loss(
     contrasts without the anchor itself,
 
     .. math::
-        \ell_i = -\frac{\tau}{\tau_{base}} \, \frac{1}{W_i + 10^{-8}} \sum_j w_{ij}
+        \ell_i = -\frac{\tau}{\tau_{\mathrm{base}}} \, \frac{1}{W_i + 10^{-8}} \sum_j w_{ij}
                  \Big( s_{ij} - \log \sum_k e^{s_{ik}} \Big), \qquad W_i = \sum_j w_{ij}.
 
     Label vectors :math:`y` (mixup, cutmix, label smoothing, a teacher's probabilities, multi-hot) have cosine
@@ -71,9 +71,10 @@ def gen_supcon_loss(
             "unlabelled"); label vectors (N, C), not negative, rows of any length from 1e-18 to 1e19, a row of zeros
             meaning "unlabelled"; (N, V, C) or a sequence of V tensors (N,) or (N, C) where views have labels of their
             own. None: the views of a sample are its positives, or, with `contrast_features` of N rows, row n is the
-            positive of sample n.
+            positive of sample n. Integers (N, 1), and integers (N, V) that look like class numbers, are refused.
         label_similarity: w itself, instead of labels, not negative, not necessarily symmetric: (anchors, contrasts), or
-            (N, N), which is tiled over views. The entry of an anchor with itself is ignored.
+            (N, N), or (N, M) with `contrast_features`, which is tiled over views. The entry of an anchor with itself
+            is ignored, but has to be finite and not negative, too.
         temperature: tau > 0, a number or a 0-dim tensor, which may be learnable.
         base_temperature: tau_base > 0. None leaves the factor tau / tau_base out. The factor has no gradient: it would
             reward small temperatures, not good embeddings.
@@ -82,9 +83,10 @@ def gen_supcon_loss(
             excluded (as in the paper's code); further views take no part.
         contrast_features: (M, D), a contrast set of its own (a queue, another modality) instead of the batch. Nothing
             is excluded. Anchors are all views in mode "all", otherwise view 0. M may be 0.
-        contrast_labels: Labels of `contrast_features`, (M,) or (M, C), as `labels` has.
+        contrast_labels: Labels of `contrast_features`, (M,) of the dtype of `labels`, or (M, C).
         teacher_labels: A teacher's label vectors, in any form that `labels` has for vectors. Adds `teacher_weight`
-            times the loss with these in place of `labels`; both share one log-sum-exp.
+            times the loss with these in place of `labels`; both share one log-sum-exp. For the teacher alone pass its
+            vectors as `labels`: without `labels` they are added to the loss of the views.
         contrast_teacher_labels: The teacher's labels of `contrast_features`.
         teacher_weight: alpha >= 0 of the paper.
         sample_weight: (N,) or (N, V), not negative, multiplies the losses of its anchors. The mean is a weighted one:
@@ -230,8 +232,10 @@ def _total(
     return terms[0] if len(terms) == 1 else terms[0] + problem.teacher_weight * terms[1]
 
 
-def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperature: float | None = 0.07) -> float:
-    r"""Loss of a collapsed model, one whose embeddings are all equal: :math:`\log(M) \, \tau / \tau_{base}`.
+def collapsed_loss(
+    num_contrasts: int, temperature: float | Tensor = 0.07, base_temperature: float | None = 0.07
+) -> float:
+    r"""Loss of a collapsed model, one whose embeddings are all equal: :math:`\log(M) \, \tau / \tau_{\mathrm{base}}`.
 
     A loss that stays at this number ("stuck at 6.92") says that the model maps everything to one point, or that
     training has not moved it from there. It does not depend on the labels, provided that all anchors have positives.
@@ -239,7 +243,7 @@ def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperatu
     Args:
         num_contrasts: M, the contrasts that an anchor sees: V * N - 1 for N samples in V views, N in mode "one", the
             number of rows of a separate contrast set.
-        temperature: tau.
+        temperature: tau, a number or a 0-dim tensor, which is read.
         base_temperature: tau_base, or None for no factor.
 
     Returns:
@@ -247,7 +251,7 @@ def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperatu
 
     Raises:
         ValueError: `num_contrasts` is negative, or a temperature is not positive.
-        TypeError: `num_contrasts` is not an integer.
+        TypeError: `num_contrasts` is not an integer, or a temperature not a number.
 
     Example:
         >>> import torch
@@ -264,6 +268,10 @@ def collapsed_loss(num_contrasts: int, temperature: float = 0.07, base_temperatu
         raise TypeError(f"num_contrasts must be an integer; got {type(num_contrasts).__name__}")
     if num_contrasts < 0:
         raise ValueError(f"num_contrasts must be >= 0; got {num_contrasts}")
+    if isinstance(temperature, Tensor):
+        if temperature.dim() != 0:
+            raise ValueError(f"temperature must be a number or a 0-dim tensor; got shape {tuple(temperature.shape)}")
+        temperature = temperature.item()
     factor = check_number("temperature", temperature, positive=True)
     if base_temperature is None:
         factor = 1.0
@@ -286,7 +294,7 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
             for labels in batch.all_labels
         ]
     pulls = [attract(anchors, contrasts, labels, self_offset, normalize=batch.normalize) for labels in batch.all_labels]
-    z, others = pulls[0][:2]
+    z, others = pulls[0].anchors, pulls[0].contrasts
     lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=_precision(batch), backend=backend)
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     return [(torch.addcmul(pull.attraction * scale, pull.mass, lse, value=-1), pull.mass) for pull in pulls]

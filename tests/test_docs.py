@@ -80,6 +80,7 @@ def sections():
 
 def run_side(blocks, side):
     """Run what both sides start from and one of them; the losses of that one, in order, under their titles."""
+    skip_unless_importable(blocks, side)
     torch.manual_seed(0)
     namespace, losses = {"__name__": "__main__"}, []
     for title, source, line in blocks:
@@ -90,7 +91,25 @@ def run_side(blocks, side):
         execute(source, COMPARISONS, line, namespace)
         if title:
             losses.append((title, namespace.get("loss")))
+    if "Model" in namespace:
+        losses[-1] = (losses[-1][0], one_step_of(namespace["Model"]()))
     return losses
+
+
+def skip_unless_importable(blocks, side):
+    """Skip what shows a package that is not there, or is broken in ways of its own."""
+    for name in {name for title, source, _ in blocks if title.startswith(side) for name in IMPORT.findall(source)}:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            pytest.skip(f"{name} cannot be imported: {type(error).__name__}")
+
+
+def one_step_of(model):
+    """What Lightning does with a module that trains alone."""
+    model.setup("fit")
+    model.all_gather = lambda x, sync_grads=False: x[None]  # outside of a trainer it has no processes to gather from
+    return model.training_step((torch.rand(2, 8, 784), torch.arange(8) % 3), 0)
 
 
 class OfSupContrast:
@@ -129,11 +148,6 @@ def test_after_runs(blocks):
 @pytest.mark.usefixtures("_files_of_others")
 @pytest.mark.parametrize("blocks", list(sections()))
 def test_before_is_what_after_replaces(blocks):
-    for name in {name for title, source, _ in blocks if title == "Before" for name in IMPORT.findall(source)}:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # missing, or broken in ways of its own
-            pytest.skip(f"{name} cannot be imported: {type(error).__name__}")
     before, after = run_side(blocks, "Before"), run_side(blocks, "After")
     assert len(before) == len(after)
     for (_, theirs), (title, ours) in zip(before, after, strict=True):

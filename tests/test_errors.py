@@ -337,6 +337,8 @@ def test_collapsed_loss_refuses_a_negative_count():
 def test_collapsed_loss_needs_positive_temperatures(name):
     with pytest.raises(ValueError, match=f"^{name}"):
         collapsed_loss(7, **{name: 0.0})
+    with pytest.raises(ValueError, match=r"^temperature must be a number or a 0-dim tensor; got shape \(1,\)"):
+        collapsed_loss(7, torch.ones(1))
 
 
 # --- validate() ----------------------------------------------------------------------------------------------------
@@ -503,6 +505,10 @@ def test_likely_mistakes_get_a_hint():
         gen_supcon_loss(features.transpose(0, 1), torch.arange(6))
     with pytest.raises(ValueError, match="^labels .* give a label for each sample, not for each row"):
         gen_supcon_loss(features, torch.arange(12))
+    with pytest.raises(ValueError, match=r"^labels .* Then pass features.chunk\(2\)$"):
+        gen_supcon_loss(features.flatten(0, 1), torch.arange(6))
+    with pytest.raises(ValueError, match=r"got shape \(5,\)$"):
+        gen_supcon_loss(features, torch.arange(5))
     with pytest.raises(TypeError, match="^labels .* got list: torch.tensor makes a tensor of it"):
         gen_supcon_loss(features, [0, 1, 2, 3, 4, 5])
     with pytest.raises(TypeError, match="^features .* got ndarray: torch.from_numpy makes a tensor of it"):

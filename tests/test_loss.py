@@ -541,6 +541,7 @@ def test_equal_features_give_the_collapsed_loss(backend, scale):
     loss = run_loss(features, torch.arange(16) % 4, temperature=0.1, backend=backend)
     assert loss.item() == pytest.approx(math.log(31) * 0.1 / 0.07, rel=1e-5)
     assert genscl_loss.collapsed_loss(31, 0.1) == pytest.approx(math.log(31) * 0.1 / 0.07, rel=1e-12)
+    assert genscl_loss.collapsed_loss(31, torch.tensor(0.5, requires_grad=True), 0.25) == 2 * math.log(31)
     assert genscl_loss.collapsed_loss(31, 0.1, None) == pytest.approx(math.log(31), rel=1e-12)
 
 

@@ -55,6 +55,11 @@ def metadata(wheel) -> Message:
     return email.message_from_bytes(wheel.read(f"genscl_loss-{VERSION}.dist-info/METADATA"))
 
 
+def test_the_oldest_torch_that_is_tested_is_the_oldest_that_is_allowed(metadata):
+    tested = re.search(r"^OLDEST := torch==(\d+\.\d+)\.\d+ ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert metadata.get_all("Requires-Dist")[0] == f"torch>={tested[1]}"
+
+
 @needs_sources
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("genscl_loss/**/*.py")}

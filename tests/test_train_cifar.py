@@ -237,6 +237,16 @@ def test_two_runs_that_start_in_one_folder_are_told_apart(archive, tmp_path):
     train(archive, tmp_path, "--method", "supcon", "--resume")
 
 
+def test_a_run_that_begins_meanwhile_is_told_apart(archive, tmp_path, monkeypatch):
+    def slow_load(*arguments):
+        (tmp_path / "config.json").write_text("{}")
+        return cifar_data.load(*arguments)
+
+    monkeypatch.setattr(train_cifar, "load", slow_load)
+    assert "another run has just begun" in refusal(archive, tmp_path, "--method", "supcon")
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_a_folder_that_cannot_be_is_named(archive, tmp_path):
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refusal(archive, tmp_path / "file" / "run", "--method", "supcon")
