@@ -108,7 +108,7 @@ os._exit(0)
 def test_what_is_wrong_is_not_timed():
     """A loss that is off by a thousandth, on one process."""
     done = start("-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n{WRONG}")
-    first, second = done.stdout.splitlines()
+    first, second = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # of torch 2.8
     assert first == "auto is timed"
     assert re.match(r"wrong is wrong on N=40 .*: loss_error 1\.0e-03, gradient_error 1\.0e-03", second)
 
