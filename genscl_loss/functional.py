@@ -250,7 +250,7 @@ def collapsed_loss(
         The value, in the units of `gen_supcon_loss`; 0 if there is no contrast.
 
     Raises:
-        ValueError: `num_contrasts` is negative, or a temperature is not positive.
+        ValueError: `num_contrasts` is negative, a temperature is not positive, or a tensor is not 0-dim.
         TypeError: `num_contrasts` is not an integer, or a temperature not a number.
 
     Example:
