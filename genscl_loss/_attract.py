@@ -156,7 +156,10 @@ def _sides(
         ]
         return sides[0], sides[-1]
     # One more than the largest; off the CPU, where reading it would wait, as many as there could be.
-    width = 1 + max(int(y.max()) for y, _ in given) if a.device.type == "cpu" else sum(len(y) for y, _ in given)
+    if a.device.type == "cpu":
+        width = 1 + max(int(y.max()) if len(y) else 0 for y, _ in given)
+    else:
+        width = sum(len(y) for y, _ in given)
     sides = [_Side(lambda rows, _, y=y: y[rows], len(y), width, y.device, are_classes=True) for y, _ in given]  # type: ignore[misc]
     return sides[0], sides[-1]
 

@@ -75,7 +75,7 @@ class FeatureQueue(nn.Module):
         self.dim = _positive("dim", dim)
         self.num_classes = None if num_classes is None else _positive("num_classes", num_classes)
         if group is not None:
-            Members.of(group)  # what is wrong with it shows here, not in the first step of training
+            Members.check(group)  # what is wrong with it shows here, not in the first step of training
         self.group = group
         self._features = torch.zeros(self.size, self.dim, dtype=torch.float32)
         self._labels = torch.zeros(self.size, dtype=torch.int64)

@@ -369,8 +369,12 @@ def test_features_are_looked_at_if_asked_for():
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_a_group_is_a_process_group():
-    with pytest.raises(TypeError, match="^group must be a torch.distributed.ProcessGroup"):
-        FeatureQueue(4, DIM, group="world")
+    with pytest.raises(
+        TypeError, match='^group must be "world", for all processes, or a torch.distributed.ProcessGroup'
+    ):
+        FeatureQueue(4, DIM, group="all")
+    with pytest.raises(ValueError, match="^group.*init_process_group"):  # looked up at each call
+        FeatureQueue(4, DIM, group="world").enqueue(ROWS, HARD)
 
 
 # ------------------------------------------------------------------ several processes

@@ -21,9 +21,9 @@ from torch import Tensor
 from genscl_loss._backends import dense, fused
 from genscl_loss._backends.operator import mirrored_row_lse, row_lse
 from genscl_loss._backends.plans import MAX_FEATURES
+from genscl_loss._choices import BACKENDS
 
 __all__ = [
-    "BACKENDS",
     "available_backends",
     "choose",
     "dense",
@@ -31,8 +31,6 @@ __all__ = [
     "mirrored_row_lse",
     "row_lse",
 ]
-
-BACKENDS = ("auto", "dense", "tiled", "triton")
 
 # Logits up to which both halves of the loss sharing each pass outweigh the memory traffic. On a GPU small batches cost
 # the launches of their kernels, and the dense equation has the fewest. Found by measuring on a CPU, estimated on GPUs.
@@ -89,6 +87,15 @@ _unavailable = _constant(fused.unavailable)
 
 
 @_constant
-def float32_precision() -> str:
-    """What `torch.set_float32_matmul_precision` was told; a compiled graph is traced anew when that changes."""
-    return torch.get_float32_matmul_precision()
+def float32_precision(device_type: str) -> str:
+    """How exact products of float32 numbers have to be: "highest", "high" or "medium", as torch was told.
+
+    It can be told by `torch.set_float32_matmul_precision`, or, since torch 2.9, for each library that multiplies; the
+    second way sees what the first one sets, and asking the first way raises once the second was used. A compiled graph
+    is traced anew when either changes.
+    """
+    library = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
+    told = getattr(getattr(library, "matmul", None), "fp32_precision", None)
+    if not isinstance(told, str):
+        return torch.get_float32_matmul_precision()
+    return {"tf32": "high", "bf16": "medium"}.get(told, "highest")
