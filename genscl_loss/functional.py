@@ -242,7 +242,8 @@ def _total(
 ) -> Tensor:
     """The loss of all anchors, the teacher's term included."""
     terms = [
-        _reduce(likelihood / (mass + _EPS), mass, problem, num_anchors, members) for likelihood, mass in likelihoods
+        _reduce(_loss_of(likelihood / (mass + _EPS)), mass, problem, num_anchors, members)
+        for likelihood, mass in likelihoods
     ]
     return terms[0] if len(terms) == 1 else terms[0] + problem.teacher_weight * terms[1]
 
@@ -303,11 +304,15 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         z, others = unit_pair(anchors, contrasts, batch.normalize)
         if batch.num_contrasts == 0:
             return no_log_likelihoods(z, others, scale, len(batch.all_labels))
+        if batch.partner is not None:
+            return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
         log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
         return [
             dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype))
             for labels in batch.all_labels
         ]
+    if batch.partner is not None and backend == "tiled":
+        return [_log_likelihood_of_pairs(batch, scale, *unit_pair(anchors, contrasts, batch.normalize), backend)]
     pulls = [attract(anchors, contrasts, labels, self_offset, normalize=batch.normalize) for labels in batch.all_labels]
     z, others = pulls[0].anchors, pulls[0].contrasts
     lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=_precision(batch), backend=backend)
@@ -315,14 +320,46 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     return [(torch.addcmul(pull.attraction * scale, pull.mass, lse, value=-1), pull.mass) for pull in pulls]
 
 
+def _log_likelihood_of_pairs(
+    batch: Batch, scale: Tensor, z: Tensor, others: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The logarithm of p_ij, where j is the only positive of anchor i, and a mass of one.
+
+    That is log(1 / (1 + exp(lse_i - s_ij))), with the log-sum-exp of the others. Of all losses this one goes to zero
+    when a model is trained; here neither it nor its gradient is a difference of large numbers.
+    """
+    lse = row_lse(
+        z, others, scale, batch.self_offset,
+        unit=batch.normalize, precision=_precision(batch), backend=backend, partner=batch.partner,
+    )  # fmt: skip
+    positives = _partners(z if others is None else others, batch.partner or 0, z.shape[0])
+    log_p = torch.nn.functional.logsigmoid((z * positives).sum(1) * scale - lse)
+    return log_p, torch.ones_like(log_p).detach()
+
+
+def _partners(contrasts: Tensor, first: int, count: int) -> Tensor:
+    """Rows (i + first) modulo M for i < count."""
+    rows = contrasts.shape[0]
+    if first + count <= rows:
+        return contrasts.narrow(0, first, count)
+    return contrasts.roll(-first, 0).expand(count // rows, -1, -1).reshape(count, -1)
+
+
 def _precision(batch: Batch) -> str:
     return "high" if batch.half else float32_precision(batch.anchors.device.type)
 
 
+def _loss_of(likelihood: Tensor) -> Tensor:
+    """The loss of each anchor: minus its log-likelihood, which rounding may have made positive; the loss is then 0.
+
+    The gradient is that of the likelihood in any case, and zero has no sign.
+    """
+    return likelihood.detach().clamp(min=0) - likelihood
+
+
 def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, members: Members | None) -> Tensor:
-    """Weigh the log-likelihoods, reduce over those that count, and multiply what is then fewest by the factor."""
-    factor = -problem.factor
-    dtype, weight = loss.dtype, problem.batch.sample_weight
+    """Weigh the losses, reduce over those that count, and multiply what is then fewest by the factor."""
+    factor, dtype, weight = problem.factor, loss.dtype, problem.batch.sample_weight
     if weight is not None:
         weight = weight.to(torch.promote_types(weight.dtype, dtype))  # of float64, where 1e-50 is a weight
         loss = loss * weight
