@@ -19,7 +19,7 @@ ARROWS = {
     "module": {"functional", "_backends", "_checks", "_distributed"},
     "functional": {"_batch", "_attract", "_backends", "_backends.dense", "_checks", "_distributed", "_global", "_unit"},
     "labels": {"_checks"},
-    "queue": {"_checks", "_distributed"},
+    "queue": {"_checks", "_distributed", "_queue_state"},
     "_batch": {"_attract", "_checks"},
     "_attract": {"_library", "_unit"},
     "_global": {"_attract", "_backends", "_batch", "_distributed", "_library", "_unit"},
@@ -34,6 +34,7 @@ ARROWS = {
     "_checks": set(),
     "_distributed": set(),
     "_library": set(),
+    "_queue_state": set(),
     "_unit": set(),
 }
 
