@@ -46,7 +46,7 @@ def pack(state: State) -> Tensor:
 
 def unpack(saved: Tensor | dict[str, Any], own: State) -> State:
     """What was saved of a queue that has the sizes of `own`, or the error that says what is wrong with it."""
-    state = _of_0_1_0(saved) if isinstance(saved, dict) else _unpacked(saved, own)
+    state = _of_first_version(saved) if isinstance(saved, dict) else _unpacked(saved, own)
     _check_sizes(state.sizes, own.sizes)
     size, rows = own.sizes[0], state.rows
     if not 0 <= rows <= size or not 0 <= state.position < size or (rows < size and state.position != rows):
@@ -88,12 +88,12 @@ def _unpacked(saved: object, own: State) -> State:
     )
 
 
-def _of_0_1_0(saved: dict[str, Any]) -> State:
-    """Version 0.1.0 saved a dict, and all rows had labels."""
+def _of_first_version(saved: dict[str, Any]) -> State:
+    """The first version saved a dict, and all rows had labels."""
     names = ("features", "labels", "next", "count")
     if not all(name in saved for name in names):
         wanted = ", ".join(names)
-        raise ValueError(f"state must be a tensor, or as 0.1.0 saved it a dict of {wanted}; got {list(saved)}")
+        raise ValueError(f"state must be a tensor, or as the first version saved it a dict of {wanted}; got {[*saved]}")
     features, labels, position, rows = (saved[name] for name in names)
     for name, value, dims in (("features", features, (2,)), ("labels", labels, (1, 2))):
         if not isinstance(value, Tensor) or value.dim() not in dims or value.is_floating_point() != (value.dim() == 2):

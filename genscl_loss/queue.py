@@ -87,7 +87,7 @@ class FeatureQueue(nn.Module):
         - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
 
-    _labelled = True  # for queues that 0.1.0 pickled
+    _labelled = True  # for queues that the first version pickled
 
     def __init__(
         self, size: int, dim: int, num_classes: int | None = None, *, group: "ProcessGroup | None" = None
@@ -174,8 +174,8 @@ class FeatureQueue(nn.Module):
         key.
 
         Args:
-            state: Of a queue with the same sizes and the same kind of labels, on any device and of any dtype. Version
-                0.1.0 saved a dict, which is taken too.
+            state: Of a queue with the same sizes and the same kind of labels, on any device and of any dtype. The
+                first version saved a dict, which is taken too.
 
         Raises:
             ValueError: It is of another queue, or of none; this one is then unchanged.
