@@ -223,7 +223,8 @@ class FeatureQueue(nn.Module):
         try:
             super()._load_from_state_dict(state_dict, prefix, *others)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{prefix}_extra_state: {error}") from error
+            error.args = (f"{prefix}_extra_state: {error}",)
+            raise
 
     def _state(self) -> State:
         return State(self._features, self._labels, self._next, self._count, self._labelled)

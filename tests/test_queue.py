@@ -405,6 +405,7 @@ def test_type_casts_no_class_numbers(kind):
     queue.enqueue(torch.zeros(2, DIM), numbers)
     nn.Sequential(queue).type(kind)
     assert queue.features.dtype == kind
+    assert queue.labels.dtype == torch.int64  # which `torch.equal` does not look at
     assert torch.equal(queue.labels, numbers)
 
 
