@@ -29,7 +29,7 @@ ARROWS = {
         "_unit",
     },
     "labels": {"_checks"},
-    "queue": {"_checks", "_distributed"},
+    "queue": {"_checks", "_distributed", "_queue_state"},
     "_batch": {"_attract", "_checks", "_choices"},
     "_attract": {"_library", "_unit"},
     "_global": {"_attract", "_backends", "_batch", "_distributed", "_library", "_unit"},
@@ -45,6 +45,7 @@ ARROWS = {
     "_choices": set(),
     "_distributed": set(),
     "_library": set(),
+    "_queue_state": set(),
     "_unit": set(),
 }
 
