@@ -89,14 +89,16 @@ def calls() -> dict[str, dict[str, Any]]:
         "weights": {"features": features, "labels": soft, "sample_weight": randn(N).exp(), "empty_anchors": "ignore"},
         "half": {"features": features.half(), "labels": classes},
         "double": {"features": features.double(), "labels": soft.double()},
-        "learnable": {"features": features, "labels": classes, "temperature": randn().exp().requires_grad_()},
+        "learnable": {"features": features, "labels": classes, "temperature": randn(1)[0].exp().requires_grad_()},
         "empty": {"features": features[:0], "labels": classes[:0]},
     }
 
 
 def value_and_gradients(call: dict[str, Any], backend: str) -> list[Tensor]:
     call = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in call.items()}
-    leaves = [value.requires_grad_() for value in (call["features"], call.get("temperature")) if isinstance(value, Tensor)]
+    leaves = [
+        value.requires_grad_() for value in (call["features"], call.get("temperature")) if isinstance(value, Tensor)
+    ]
     loss = gen_supcon_loss(**call, backend=backend)
     loss.backward()
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
@@ -105,6 +107,7 @@ def value_and_gradients(call: dict[str, Any], backend: str) -> list[Tensor]:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("backend", ["dense", "tiled", "auto"])
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")  # of switching oneDNN on again
 def test_values_and_gradients_do_not_change(setting, backend):
     expected = {name: value_and_gradients(call, backend) for name, call in calls().items()}
     with SETTINGS[setting]():
@@ -112,11 +115,14 @@ def test_values_and_gradients_do_not_change(setting, backend):
     for name, wanted in expected.items():
         assert [x.dtype for x in found[name]] == [x.dtype for x in wanted], name
         # tf32 and bfloat16 are torch's to use where it was told that they may be: then these digits are its
-        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], wanted, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")  # of switching oneDNN on again
 def test_what_is_around_the_loss_works_too(setting):
     numbers = torch.Generator(device="cpu").manual_seed(0)
     images, classes = torch.rand(8, 3, 4, 4, device="cpu", dtype=torch.float32), torch.arange(8, device="cpu") % C
@@ -151,7 +157,10 @@ def test_precision_is_read_whichever_way_it_was_set(first):
     with old if first == "old" else new:
         assert float32_precision("cuda") == "high"
     assert float32_precision("cuda") == float32_precision("cpu") == float32_precision("mps") == "highest"
-    with attribute(torch.backends, "fp32_precision", "tf32"):
+    unset = [
+        attribute(library.matmul, "fp32_precision", "none") for library in (torch.backends.cuda, torch.backends.mkldnn)
+    ]
+    with unset[0], unset[1], attribute(torch.backends, "fp32_precision", "tf32"):  # which the old way may have set
         assert float32_precision("cuda") == float32_precision("cpu") == "high"
     with attribute(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"):
         assert (float32_precision("cpu"), float32_precision("cuda")) == ("medium", "highest")
