@@ -93,6 +93,8 @@ def cached_backward(
     try:
         if not torch.is_grad_enabled():
             raise ValueError("loss has no gradient under torch.no_grad() or torch.inference_mode(): leave that first")
+        if not callable(loss):
+            raise TypeError(f"loss must be a function of the embeddings; got {_type(loss)}")
         scaled = _scaling(scale)
         chunk_size = check_count("chunk_size", chunk_size)
         views = _views(inputs)
