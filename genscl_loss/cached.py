@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from genscl_loss._checks import check_count, check_number
 from genscl_loss._distributed import refuse_in
@@ -46,8 +47,11 @@ def cached_backward(
     - *Autocast*: call it inside the context. Forward passes run in it, backward passes outside.
     - *Several processes*: a module that is, or contains, DDP or FSDP averages gradients once, in the last chunk. Under
       DDP, processes may have different numbers of rows and chunks; under FSDP, and with `SyncBatchNorm`, each call of
-      the encoder communicates, and numbers of chunks must agree. The parameters of the loss are not the encoder's:
-      wrap the criterion in a DDP of its own.
+      the encoder communicates, and numbers of chunks must agree. Parameters of the loss are not the encoder's: wrap the
+      criterion in a DDP of its own.
+    - *Errors of one process*: where the loss has a `group`, what a process raises before it calls the loss the others
+      raise too; to tell them, it calls `loss` with zeros (N, 1) for embeddings. What it raises later (an encoder out of
+      memory, say) is not told: the others wait until the timeout of their group.
 
     Args:
         encoder: From rows of inputs (n, ...) to floating-point embeddings (n, D), one for each input. A module, or a
@@ -70,10 +74,6 @@ def cached_backward(
             `.grad` then, except where the parameters of a loss have a gradient and the embeddings none.
         TypeError: A Python type or a dtype is wrong.
 
-            What a process raises before it calls a loss that has a `group`, the others raise too: `loss` is called with
-            zeros (N, 1) for embeddings to tell them. What is raised behind the loss, by an encoder out of memory for
-            example, is not told, and others wait until the timeout of their group.
-
     Example:
         >>> import torch
         >>> from genscl_loss import GenSupConLoss
@@ -95,6 +95,8 @@ def cached_backward(
             raise ValueError("loss has no gradient under torch.no_grad() or torch.inference_mode(): leave that first")
         if not callable(loss):
             raise TypeError(f"loss must be a function of the embeddings; got {_type(loss)}")
+        if getattr(parametrize, "_cache_enabled", 0):  # weights of the first pass, without gradient, would be kept
+            raise ValueError("encoder must not run inside torch.nn.utils.parametrize.cached(): leave that first")
         scaled = _scaling(scale)
         chunk_size = check_count("chunk_size", chunk_size)
         views = _views(inputs)
@@ -329,7 +331,7 @@ def _differentiate(
     """The loss, detached, and its gradient, scaled, at the embeddings of each view."""
     for whole in features:
         whole.requires_grad_()
-    value: object = loss(features[0] if is_single else features)
+    value: object = loss(features[0] if is_single else list(features))
     if not isinstance(value, Tensor):
         raise TypeError(f"loss must return a 0-dim tensor; got {_type(value)}")
     if value.dim() != 0:

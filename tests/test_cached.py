@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from genscl_loss import GenSupConLoss, cached_backward, gen_supcon_loss, validate
+from genscl_loss import GenSupConLoss, cached_backward, gen_supcon_loss
 
 D_IN, D, CHUNK = 6, 5, 4
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -35,12 +38,12 @@ def net(*layers: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Sequential
 class Checkpointed(nn.Module):
     """A network whose activations are computed again in the backward pass."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, reentrant: bool = False) -> None:
         super().__init__()
-        self.net, self.options = net(nn.Dropout(0.3)), options
+        self.first, self.net, self.reentrant = nn.Linear(D_IN, D_IN).double(), net(nn.Dropout(0.3)), reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.net, x, use_reentrant=False, **self.options)
+        return checkpoint(self.net, self.first(x), use_reentrant=self.reentrant)
 
 
 class Cast(nn.Module):
@@ -116,6 +119,11 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # says that checkpoint without a graph
+def test_reentrant_checkpoints():
+    assert_same(Checkpointed(reentrant=True), rows(11, D_IN), supcon)
+
+
 @pytest.mark.parametrize("n", [4, 8, 11])
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_one_view(name, n):
@@ -140,7 +148,9 @@ def test_chunk_sizes_do_not_matter(chunk_size):
 
 def test_inputs_of_any_shape():
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, D)).double()
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, D)
+    ).double()
     assert_same(encoder, rows(10, 3, 8, 8), supcon)
     tokens = torch.arange(30).view(10, 3)
     assert_same(nn.Sequential(nn.Embedding(30, 4), nn.Flatten(), nn.Linear(12, D)).double(), tokens, supcon)
@@ -263,7 +273,9 @@ def test_graphs_that_know_a_buffer_stay_valid():
 def test_batch_normalisation_sees_chunks_and_a_warning_says_so():
     encoder, found = net(nn.BatchNorm1d(16)), []
     for run in (cached_backward, plain):
-        expected = pytest.warns(UserWarning, match=r"^encoder has batch normalisation .*\(2\).*chunk of 4 rows.*eval\(\)")
+        expected = pytest.warns(
+            UserWarning, match=r"^encoder has batch normalisation .*\(2\).*chunk of 4 rows.*eval\(\)"
+        )
         with expected if run is cached_backward else nullcontext():
             found.append(results(run, encoder, rows(8, D_IN), supcon, chunk_size=CHUNK))
     torch.testing.assert_close(*found, **EXACT)  # running statistics among it
@@ -490,6 +502,52 @@ def test_several_processes_otherwise(tmp_path: Path):
         assert all(max(errors) < 1e-12 for errors, _ in found), found
 
 
+def wrong_on_the_first() -> dict[str, str]:
+    """What each process says where only process 0 has a wrong argument."""
+    rank, encoder, draw = dist.get_rank(), net(), torch.Generator().manual_seed(0)
+    criterion = GenSupConLoss(group=dist.group.WORLD)
+
+    def noisy(x: Tensor) -> Tensor:
+        return encoder(x) + 0.1 * torch.randn(len(x), D, generator=draw)
+
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    wrong: dict[str, dict[str, Any]] = {
+        "chunk_size": {"chunk_size": 0},
+        "inputs": {"inputs": "images"},
+        "an input": {"inputs": [rows(6, D_IN), None]},
+        "scale": {"scale": -1.0},
+        "shape": {"encoder": lambda x: x[0]},
+        "noise": {"encoder": noisy},
+        "failure": {"encoder": broken},
+        "labels": {"loss": lambda z: criterion(z, labels_of(5))},
+        "nothing": {},
+    }
+    said = {}
+    for name, changed in wrong.items():
+        views = [rows(6, D_IN), rows(6, D_IN)] if name == "an input" else rows(6, D_IN)
+        arguments = {"encoder": encoder, "inputs": views, "loss": lambda z: criterion(z, labels_of(6)), "chunk_size": 4}
+        try:
+            said[name] = f"{cached_backward(**arguments | (changed if rank == 0 else {})):.6f}"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+            assert all(parameter.grad is None for parameter in encoder.parameters())
+    return said
+
+
+def test_what_one_process_raises_all_raise(tmp_path: Path):
+    first, second = distributed.run(2, wrong_on_the_first, tmp_path)
+    assert first["nothing"] == second["nothing"]
+    assert float(first.pop("nothing")) > 0
+    for name, message in first.items():
+        begin = "encoder" if name in ("shape", "noise") else "inputs" if name == "an input" else name
+        assert begin == "failure" or message.split(": ")[1].startswith(begin), message
+        assert second[name].startswith(f"ValueError: group: process 0 could not take part: {message[:100]}"), second[
+            name
+        ]
+
+
 # ---- Memory ----
 
 
@@ -568,7 +626,11 @@ def test_inputs_without_rows_or_with_a_graph():
     ],
 )
 def test_an_encoder_that_returns_something_else(returned, error, got):
-    fails(error, rf"encoder must return embeddings \(n, D\), one row for each of its n = 4 inputs.*{got}", encoder=returned)
+    fails(
+        error,
+        rf"encoder must return embeddings \(n, D\), one row for each of its n = 4 inputs.*{got}",
+        encoder=returned,
+    )
 
 
 def test_an_encoder_that_changes_its_mind():
@@ -587,7 +649,13 @@ def test_an_encoder_that_changes_its_mind():
     fails(ValueError, other, module=module, encoder=noisy)
     fails(ValueError, other, module=module, encoder=lambda x: module(x + 0.01 * random.random()))
     learnable = GenSupConLoss(learnable_temperature=True)
-    fails(ValueError, other, module=nn.ModuleList([module, learnable]), encoder=noisy, loss=lambda z: learnable(z, labels_of(6)))
+    fails(
+        ValueError,
+        other,
+        module=nn.ModuleList([module, learnable]),
+        encoder=noisy,
+        loss=lambda z: learnable(z, labels_of(6)),
+    )
 
 
 def test_rounding_is_no_change_of_mind():
@@ -620,6 +688,14 @@ def test_losses_that_are_none():
     fails(ValueError, "features must be", inputs=[rows(6, D_IN), rows(5, D_IN)])
 
 
+def test_cached_weights():
+    """They would be those of the first pass, without a gradient."""
+    module = net(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
+    with nn.utils.parametrize.cached():
+        fails(ValueError, "encoder must not run inside", module=module)
+    assert_same(module, rows(11, D_IN), supcon)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context):
     with context():
@@ -630,7 +706,9 @@ def test_scales_that_are_none():
     fails(ValueError, "scale must be finite and > 0; got 0", scale=0)
     fails(ValueError, "scale must be finite and > 0; got nan", scale=float("nan"))
     fails(TypeError, "scale must be a number; got str", scale="1024")
-    fails(TypeError, "scale must be a number or a function of the loss: .* GradScaler", scale=torch.amp.GradScaler("cpu"))
+    fails(
+        TypeError, "scale must be a number or a function of the loss: .* GradScaler", scale=torch.amp.GradScaler("cpu")
+    )
     fails(TypeError, "scale must return the loss times a number, .*; got float", scale=lambda loss: loss.item())
 
 
@@ -639,3 +717,12 @@ def test_an_error_of_the_encoder_leaves_its_buffers():
     with pytest.raises(RuntimeError):
         cached_backward(encoder, [rows(6, D_IN), rows(6, D_IN + 1)], supcon, chunk_size=CHUNK)
     assert encoder.calls == 0
+
+
+def test_the_benchmark_runs():
+    script = Path(__file__).parents[1] / "benchmarks" / "bench_cached.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^cached_backward +\d.* ms .* of its parts, \d+\.\d MB$", done.stdout, re.MULTILINE)
