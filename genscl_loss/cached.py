@@ -296,7 +296,7 @@ def _embed_without_graph(model: _Encoder, parts: Sequence[Sequence[Tensor]]) -> 
     features, states = [], []
     try:
         # Not `inference_mode`: what a module keeps for later calls has to be usable where there is a graph.
-        with torch.no_grad(), model.averaging(False), model.unchanged():
+        with torch.no_grad(), model.unchanged():
             for part in parts:
                 rows = []
                 for chunk in part:
