@@ -41,7 +41,7 @@ def contrastive_accuracy(
     j running over its contrasts, itself left out. A tie is wrong: a collapsed model, whose embeddings are all equal,
     has accuracy 0, up to rounding. Anchors without any positive can be neither right nor wrong, and are left out of the
     share. The temperature plays no part. Memory is linear in the number of rows. There is no gradient, and a GPU is not
-    waited for.
+    waited for. Of several processes, each has the accuracy of its own rows.
 
     Args:
         features: (N, D), (N, V, ...) or a sequence of V tensors (N, D), as in `gen_supcon_loss`, and so are the
