@@ -470,6 +470,8 @@ def test_everything_in_all_exists_and_nothing_is_missing():
         "cutmix",
         "mixup_cutmix",
         "collapsed_loss",
+        "cached_backward",
+        "contrastive_accuracy",
         "available_backends",
         "validate",
         "__version__",

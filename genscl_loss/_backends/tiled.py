@@ -34,9 +34,7 @@ TILE = 512  # edge of a tile: 1 MiB in float32, which two cores hold in their le
 _EXPONENT_RANGE = {torch.float32: (60.0, -102.0), torch.float64: (480.0, -960.0)}
 
 
-def row_lse(
-    anchors: Tensor, contrasts: Tensor | None, scale: Tensor, left_out: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, left_out: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each row of logits without some diagonals; see `genscl_loss._backends.row_lse`.
 
     Returns:
