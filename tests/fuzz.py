@@ -144,7 +144,7 @@ def change(x: Tensor, how: str, choose: random.Random) -> Tensor:
         "empty": lambda: x[:0],
         "int": lambda: x.round().long(),
         "bool": lambda: x > 0,
-        "half": lambda: x.half(),
+        "half": lambda: x if x.is_complex() else x.half(),
         "complex": lambda: x.to(torch.complex64),
         "strides": lambda: torch.stack([x, x], -1)[..., 0],
         "meta": lambda: x.to("meta"),
