@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genscl_loss._attract import ClassLabels, Labels, Similarity, VectorLabels
 from genscl_loss._checks import check_tensor, check_values, kind, may_look_at
+from genscl_loss._positives import ClassLabels, Labels, Similarity, VectorLabels
 
 CONTRAST_MODES = ("all", "one", "first")
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from genscl_loss import _attract, available_backends, gen_supcon_loss
+from genscl_loss import available_backends, gen_supcon_loss
 from genscl_loss._backends import fused, operator
+from genscl_loss._positives import operator as positives
+from genscl_loss._positives import sums
 
 # What only looks at memory or takes some.
 FREE = {"alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "expand", "lift_fresh", "new_empty"}
@@ -18,7 +20,7 @@ FREE |= {"_unsafe_view", "_local_scalar_dense"}
 # On the CPU only: checks of values and the number of classes, neither of which may make the host wait for a device.
 FREE |= {"aminmax", "max"}
 FREE |= {"full"}  # the temperature, on the host
-KERNELS = {"attract": _attract._kernel, "attract_grad": _attract._grad_kernel}
+KERNELS = {"positives": positives._kernel, "positives_grad": positives._grad_kernel}
 PAIRWISE = {"row_lse": operator._lse_kernel, "row_lse_grad": operator._grad_kernel}
 
 
@@ -87,7 +89,7 @@ def count(labels: str, backend: str, **options) -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def chunks_of_an_accelerator(monkeypatch):
-    monkeypatch.setattr(_attract, "_CHUNK", _attract._CHUNK_ELSEWHERE)
+    monkeypatch.setattr(sums, "_CHUNK", sums._CHUNK_ELSEWHERE)
 
 
 @pytest.mark.parametrize(
