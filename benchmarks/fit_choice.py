@@ -63,8 +63,9 @@ def equations(timed: list[Timed]) -> tuple[torch.Tensor, torch.Tensor]:
     left, right = [], []
     for one in timed:
         pairs, dense_products = one.sizes.dense_work()
-        logits, linear_products, numbers = one.sizes.linear_work()
-        left += [[1, pairs, 0, 0, dense_products, 0], [0, 0, 1, logits, linear_products, numbers]]
+        logits, linear_products = one.sizes.linear_work()
+        numbers = one.sizes.numbers
+        left += [[1, pairs, numbers, 0, 0, 0, dense_products], [0, 0, 0, 1, logits, numbers, linear_products]]
         right += [one.dense * 1e12, one.linear * 1e12]
     return torch.tensor(left, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
 

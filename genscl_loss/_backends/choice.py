@@ -3,10 +3,10 @@
 "auto" takes the faster of the dense equation and the best backend of linear memory, by a small model of time. Both take
 matrix products, both look at every logit, and either has operations whose number does not depend on sizes:
 
-    dense     call +  logit A M     + product A M (3 D + C)
-    linear    call' + logit' A M    + product (2 A M D + labels) + row (A + M) (D + C)
+    dense     call + logit A M + row (A + M) (D + C) + product A M (3 D + C)
+    linear    the same, with constants of its own, and product (2 A M D + labels)
 
-in a self-contrast; the sums by class cost (A + M) C (3 D) products, or what pairs cost, if that is less. Matrices of the
+in a self-contrast. Labels cost 3 (A + M) C D products, or what pairs cost, 3 A M (C + D), if that is less. Matrices of the
 dense equation are taken while they are small, or not much larger than features and labels are.
 """
 
@@ -32,22 +32,23 @@ class Costs:
 
     dense_call: int
     dense_logit: int  # all passes over a matrix entry, forward and backward
+    dense_row: int  # a number of a row or a label vector
     linear_call: int
     linear_logit: int
+    linear_row: int
     product: int  # a thousand multiplications and additions of a matrix product
-    row: int  # a number of a row or a label vector
 
 
 # CPU: `python benchmarks/fit_choice.py` on two cores of an AMD EPYC (AVX-512), torch 2.13.0. CUDA: estimates from the
 # number of launches and the rates of an H100, none of them measured.
 _COSTS = {
     "cpu": {
-        torch.float32: Costs(270_000_000, 7_000, 900_000_000, 1_500, 12_000, 5_000),
-        torch.float64: Costs(270_000_000, 14_000, 900_000_000, 6_000, 36_000, 10_000),
+        torch.float32: Costs(350_000_000, 5_000, 1_000, 1_390_000_000, 1_900, 4_400, 12_000),
+        torch.float64: Costs(350_000_000, 10_000, 2_000, 1_390_000_000, 6_000, 9_000, 36_000),
     },
     "cuda": {
-        torch.float32: Costs(110_000_000, 25, 200_000_000, 2, 40, 20),
-        torch.float64: Costs(110_000_000, 50, 200_000_000, 40, 40, 40),
+        torch.float32: Costs(110_000_000, 25, 10, 200_000_000, 2, 20, 40),
+        torch.float64: Costs(110_000_000, 50, 20, 200_000_000, 40, 40, 40),
     },
 }
 
@@ -69,33 +70,39 @@ class Sizes:
         """Products of the size A M D: logits, then gradients, which separate contrasts seldom have."""
         return 3 if self.is_self else 2
 
+    @property
+    def numbers(self) -> int:
+        """Of rows and label vectors."""
+        rows = self.anchors if self.is_self else self.anchors + self.contrasts
+        return rows * (self.features + self.classes)
+
     def dense_work(self) -> tuple[int, int]:
         """Logits, and thousands of products."""
         pairs = self.anchors * self.contrasts
         return pairs, pairs * (self._passes * self.features + self.classes) // 1000
 
-    def linear_work(self) -> tuple[int, int, int]:
-        """Logits, thousands of products, and numbers of rows and label vectors."""
+    def linear_work(self) -> tuple[int, int]:
+        """Logits, and thousands of products."""
         a, m, d, c = self.anchors, self.contrasts, self.features, self.classes
         pairs, labels = a * m, (a + m) * c * d  # sums by class, or, where these are more, by pairs
         if labels > pairs * (c + d):
             labels = pairs * (c + d)
         # A tile of a self-contrast serves both its sides.
         logits, products = (pairs, 2 * pairs * d) if self.is_self else (2 * pairs, 3 * pairs * d)
-        return logits, (products + self._passes * labels) // 1000, (a if self.is_self else a + m) * (d + c)
+        return logits, (products + self._passes * labels) // 1000
 
     def dense_is_best(self) -> bool:
         """Whether the dense equation is faster than a backend of linear memory, and not too large."""
         costs = _COSTS.get(self.device, _COSTS["cpu"])[self.dtype]
         itemsize = 8 if self.dtype == torch.float64 else 4
         pairs, dense_products = self.dense_work()
-        logits, linear_products, numbers = self.linear_work()
+        logits, linear_products = self.linear_work()
         matrices = _MATRICES * itemsize * pairs // 2
-        if matrices > _SMALL and matrices > _SHARE * itemsize * numbers:
+        if matrices > _SMALL and matrices > _SHARE * itemsize * self.numbers:
             return False
-        dense = costs.dense_call + costs.dense_logit * pairs + costs.product * dense_products
-        linear = costs.linear_call + costs.linear_logit * logits + costs.product * linear_products
-        return dense <= linear + costs.row * numbers
+        dense = costs.dense_call + costs.dense_logit * pairs + costs.dense_row * self.numbers
+        linear = costs.linear_call + costs.linear_logit * logits + costs.linear_row * self.numbers
+        return dense + costs.product * dense_products <= linear + costs.product * linear_products
 
 
 def available_backends() -> tuple[str, ...]:

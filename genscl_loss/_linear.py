@@ -1,0 +1,185 @@
+"""Both halves of the loss in one operator, in memory that is linear in the number of rows.
+
+With the alignment and the positive mass of `_positives` and the log-sum-exp of `_backends`,
+
+    sum_j w_ij log p_ij = alignment_i / tau - W_i lse_i.
+
+Rows are scaled to unit length inside. A backward pass scales them again instead of having kept them, and adds the
+gradients of both halves in one place. Labels have no gradient here; where they do, the halves are operators of their own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscl_loss._backends.operator import fake_pairs, no_second_derivative, pairs, pairs_grad
+from genscl_loss._library import define_operator, only_once
+from genscl_loss._positives import Labelled, align, align_grad
+from genscl_loss._unit import inverse_lengths, unit_rows_grad
+
+
+@dataclass(frozen=True)
+class Options:
+    """What else the operator is told; see `genscl_loss._backends.row_lse`."""
+
+    self_offset: int | None
+    normalize: bool
+    precision: str
+    backend: str
+
+
+def log_likelihoods(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    labels: Sequence[tuple[Tensor, Tensor | None]],
+    options: Options,
+) -> list[tuple[Tensor, Tensor]]:
+    """sum_j w_ij log p_ij and W_i of each anchor, for labels and, if there are two, for a teacher's.
+
+    Args:
+        anchors: (A, D), of any length if they are to be normalised.
+        contrasts: (M, D); None: the anchors themselves.
+        scale: 0-dim, one over the temperature.
+        labels: Of anchors and contrasts: numbers, or vectors without gradient, as in `Labelled`.
+        options: The rest.
+    """
+    teacher = labels[1] if len(labels) > 1 else (None, None)
+    self_offset, *rest = options.self_offset, options.normalize, options.precision, options.backend
+    likelihood, mass, *_ = _linear(anchors, contrasts, scale, *labels[0], *teacher, self_offset, *rest)
+    return list(zip(likelihood.unbind(), mass.unbind(), strict=True))
+
+
+def _kernel(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    teacher_a: Tensor | None,
+    teacher_b: Tensor | None,
+    self_offset: int | None,
+    normalize: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Log-likelihoods and masses, (1, A) or (2, A); then what the pair half keeps."""
+    z, others = (_unit(rows, normalize)[0] for rows in (anchors, contrasts))
+    kept = pairs(z, others, scale, self_offset, normalize, precision, backend)
+    results = []
+    for left, right in ((a, b), (teacher_a, teacher_b)):
+        if left is not None:
+            alignment, mass = align(Labelled(z, others, left, right, self_offset))
+            likelihood = torch.addcmul(alignment * scale, mass, kept[0].to(mass.dtype), value=-1)
+            results.append((likelihood.to(z.dtype), mass.to(z.dtype)))
+    return *(torch.stack(each) for each in zip(*results, strict=True)), *kept
+
+
+def _fake(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    teacher_a: Tensor | None,
+    teacher_b: Tensor | None,
+    self_offset: int | None,
+    normalize: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    both = [anchors.new_empty(1 if teacher_a is None else 2, anchors.shape[0]) for _ in range(2)]
+    return *both, *fake_pairs(anchors, contrasts, scale, self_offset, normalize, precision, backend)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    anchors, contrasts, scale, a, b, teacher_a, teacher_b, *ctx.options = inputs
+    ctx.save_for_backward(anchors, contrasts, scale, a, b, teacher_a, teacher_b, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
+    anchors, contrasts, scale, *saved = ctx.saved_tensors
+    labels, kept = saved[:4], saved[4:]
+    wanted = list(ctx.needs_input_grad[:3])
+    with torch.no_grad():
+        results = _linear_grad(grad, anchors, contrasts, scale, labels, kept, *ctx.options, wanted)
+    message = no_second_derivative(ctx.options[-1])
+    grads = [only_once(x, message, kept[0]) if want else None for x, want in zip(results, wanted, strict=True)]
+    return *grads, *[None] * 8
+
+
+def _grad_kernel(
+    grad: Tensor,
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    labels: list[Tensor | None],
+    kept: list[Tensor],
+    self_offset: int | None,
+    normalize: bool,
+    precision: str,
+    backend: str,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of anchors, contrasts and scale; empty where not wanted."""
+    likelihood, mass, lse, *kept = kept
+    (z, factor), (others, other_factor) = (_unit(rows, normalize) for rows in (anchors, contrasts))
+    d_z, d_others = pairs_grad(
+        (grad * mass).sum(0).neg_(), kept, z, others, scale, self_offset, normalize, backend, wanted[1]
+    )
+    d_scale = scale.new_empty(0)
+    if wanted[2]:
+        # The log-sum-exp depends on scale through scale * z only; in a self-contrast d_z holds both sides: count half.
+        of_pairs = (z * d_z).sum() * (0.5 if others is None else 1)
+        d_scale = ((of_pairs + (grad * torch.addcmul(likelihood, mass, lse)).sum()) / scale).to(scale.dtype)
+    for u, left, right in zip(grad * scale, labels[::2], labels[1::2], strict=False):
+        assert left is not None
+        given = Labelled(z, others, left, right, self_offset)
+        align_grad(u, None, given, (True, wanted[1], False, False), onto=(d_z, d_others))
+    return (
+        unit_rows_grad(z, factor, d_z),
+        anchors.new_empty(0) if d_others is None else unit_rows_grad(others, other_factor, d_others),
+        d_scale,
+    )
+
+
+def _unit(rows: Tensor | None, normalize: bool) -> tuple[Any, Any]:
+    """Rows of unit length, or as they are, and what they were multiplied by."""
+    if rows is None or not normalize:
+        return rows if rows is None else rows.contiguous(), None
+    factor = inverse_lengths(rows)
+    return (rows * factor).contiguous(), factor
+
+
+def _grad_fake(
+    grad: Tensor, anchors: Tensor, contrasts: Tensor | None, scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = rest[-1]
+    d_contrasts = anchors.new_empty(contrasts.shape if contrasts is not None and wanted[1] else 0)
+    return anchors.new_empty(anchors.shape), d_contrasts, scale.new_empty(() if wanted[2] else 0)
+
+
+_OPTIONS = "SymInt? self_offset, bool normalize, str precision, str backend"
+_linear = define_operator(
+    "linear",
+    "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor a, Tensor? b, Tensor? teacher_a, Tensor? teacher_b, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_kernel,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_linear_grad = define_operator(
+    "linear_grad",
+    "(Tensor grad, Tensor anchors, Tensor? contrasts, Tensor scale, Tensor?[] labels, Tensor[] kept, "
+    f"{_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    kernel=_grad_kernel,
+    fake=_grad_fake,
+)
