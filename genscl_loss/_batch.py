@@ -30,6 +30,8 @@ class Batch:
     normalize: bool  # rows are to be scaled to unit length
     given: torch.dtype  # of the features, if all have the same; otherwise that of the computation
     num_views: int
+    # Without labels, where each anchor has but one positive: anchor i has contrast (i + partner) modulo M.
+    partner: int | None = None
 
     @property
     def half(self) -> bool:
@@ -88,7 +90,10 @@ def make_batch(
         raise ValueError("teacher_labels is missing: contrast_teacher_labels came without it")
     anchors, contrasts = views.rows()
     weight = _sample_weight(sample_weight, views)
-    return Batch(anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.given, views.num_given)
+    partner = views.partner if labels is None and label_similarity is None and teacher is None else None
+    return Batch(
+        anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.given, views.num_given, partner
+    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,13 @@ class _Views:
         if self.contrast_features is not None:
             return self.contrast_features.shape[0]
         return len(self.features[self.contrast_views]) * self.num_samples
+
+    @property
+    def partner(self) -> int | None:
+        """How far behind its anchor, modulo M, the other view of a sample is; None if there are more than one."""
+        if self.self_offset is None:  # a row for each sample
+            return 0 if self.num_contrast_rows == self.num_samples else None
+        return self.num_samples if len(self.features) == 2 else None
 
     @property
     def are_self_contrast(self) -> bool:

@@ -5,19 +5,27 @@ With the alignment and the positive mass of `_positives` and the log-sum-exp of 
     sum_j w_ij log p_ij = alignment_i / tau - W_i lse_i.
 
 Rows are scaled to unit length inside. A backward pass scales them again instead of having kept them, and adds the
-gradients of both halves in one place. Labels have no gradient here; where they do, the halves are operators of their own.
+gradients of both halves in one place. Labels have no gradient here: where they do, each half is an operator of its own.
+
+Where an anchor has but one positive, j, the log-sum-exp leaves that out as well, and
+
+    log p_ij = log(1 / (1 + exp(lse_i - s_ij))).
+
+Of all losses this one goes to zero when a model is trained; here neither it nor its gradient is a difference of large
+numbers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from genscl_loss._backends.operator import fake_pairs, no_second_derivative, pairs, pairs_grad
 from genscl_loss._library import define_operator, only_once
-from genscl_loss._positives import Labelled, align, align_grad
+from genscl_loss._positives import ClassLabels, Labelled, VectorLabels, align, align_grad, labelled
 from genscl_loss._unit import inverse_lengths, unit_rows_grad
 
 
@@ -26,6 +34,7 @@ class Options:
     """What else the operator is told; see `genscl_loss._backends.row_lse`."""
 
     self_offset: int | None
+    partner: int | None  # contrast (i + partner) modulo M is all that anchor i has
     normalize: bool
     precision: str
     backend: str
@@ -35,7 +44,7 @@ def log_likelihoods(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
-    labels: Sequence[tuple[Tensor, Tensor | None]],
+    all_labels: Sequence[ClassLabels | VectorLabels],
     options: Options,
 ) -> list[tuple[Tensor, Tensor]]:
     """sum_j w_ij log p_ij and W_i of each anchor, for labels and, if there are two, for a teacher's.
@@ -44,12 +53,14 @@ def log_likelihoods(
         anchors: (A, D), of any length if they are to be normalised.
         contrasts: (M, D); None: the anchors themselves.
         scale: 0-dim, one over the temperature.
-        labels: Of anchors and contrasts: numbers, or vectors without gradient, as in `Labelled`.
+        all_labels: One or two.
         options: The rest.
     """
-    teacher = labels[1] if len(labels) > 1 else (None, None)
-    self_offset, *rest = options.self_offset, options.normalize, options.precision, options.backend
-    likelihood, mass, *_ = _linear(anchors, contrasts, scale, *labels[0], *teacher, self_offset, *rest)
+    both: list[Tensor | None] = [None] * 4
+    for k, labels in enumerate(all_labels):
+        given = labelled(anchors, contrasts, labels, options.self_offset)
+        both[2 * k], both[2 * k + 1] = given.anchor_labels.detach(), given.contrast_labels
+    likelihood, mass, *_ = _linear(anchors, contrasts, scale, *both, *astuple(options))
     return list(zip(likelihood.unbind(), mass.unbind(), strict=True))
 
 
@@ -62,20 +73,24 @@ def _kernel(
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
     self_offset: int | None,
+    partner: int | None,
     normalize: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Log-likelihoods and masses, (1, A) or (2, A); then what the pair half keeps."""
+    """Log-likelihoods, masses and alignments, (1, A) or (2, A); then what `pairs_grad` wants."""
     z, others = (_unit(rows, normalize)[0] for rows in (anchors, contrasts))
-    kept = pairs(z, others, scale, self_offset, normalize, precision, backend)
+    lse, *kept = pairs(z, others, scale, self_offset, partner, normalize, precision, backend)
     results = []
     for left, right in ((a, b), (teacher_a, teacher_b)):
         if left is not None:
             alignment, mass = align(Labelled(z, others, left, right, self_offset))
-            likelihood = torch.addcmul(alignment * scale, mass, kept[0].to(mass.dtype), value=-1)
-            results.append((likelihood.to(z.dtype), mass.to(z.dtype)))
-    return *(torch.stack(each) for each in zip(*results, strict=True)), *kept
+            likelihood = torch.addcmul(alignment * scale, mass, lse.to(mass.dtype), value=-1)
+            if partner is not None:
+                likelihood = logsigmoid(likelihood)
+            results.append(torch.stack([likelihood, mass, alignment]).to(z.dtype))
+    found = torch.stack(results, 1)
+    return found[0].clone(), found[1].clone(), found[2].clone(), *kept
 
 
 def _fake(
@@ -87,12 +102,13 @@ def _fake(
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
     self_offset: int | None,
+    partner: int | None,
     normalize: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    both = [anchors.new_empty(1 if teacher_a is None else 2, anchors.shape[0]) for _ in range(2)]
-    return *both, *fake_pairs(anchors, contrasts, scale, self_offset, normalize, precision, backend)
+    each = [anchors.new_empty(1 if teacher_a is None else 2, anchors.shape[0]) for _ in range(3)]
+    return *each, *fake_pairs(anchors, contrasts, precision, backend)[1:]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -104,7 +120,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     anchors, contrasts, scale, *saved = ctx.saved_tensors
     labels, kept = saved[:4], saved[4:]
     wanted = list(ctx.needs_input_grad[:3])
@@ -112,7 +128,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         results = _linear_grad(grad, anchors, contrasts, scale, labels, kept, *ctx.options, wanted)
     message = no_second_derivative(ctx.options[-1])
     grads = [only_once(x, message, kept[0]) if want else None for x, want in zip(results, wanted, strict=True)]
-    return *grads, *[None] * 8
+    return *grads, *[None] * 9
 
 
 def _grad_kernel(
@@ -123,31 +139,34 @@ def _grad_kernel(
     labels: list[Tensor | None],
     kept: list[Tensor],
     self_offset: int | None,
+    partner: int | None,
     normalize: bool,
     precision: str,
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of anchors, contrasts and scale; empty where not wanted."""
-    likelihood, mass, lse, *kept = kept
+    likelihood, mass, alignment, *kept = kept
+    if partner is not None:
+        grad = grad * torch.expm1(likelihood).neg_()
     (z, factor), (others, other_factor) = (_unit(rows, normalize) for rows in (anchors, contrasts))
     d_z, d_others = pairs_grad(
-        (grad * mass).sum(0).neg_(), kept, z, others, scale, self_offset, normalize, backend, wanted[1]
+        (grad * mass).sum(0).neg_(), kept, z, others, scale, self_offset, partner, normalize, backend, wanted[1]
     )
     d_scale = scale.new_empty(0)
     if wanted[2]:
         # The log-sum-exp depends on scale through scale * z only; in a self-contrast d_z holds both sides: count half.
-        of_pairs = (z * d_z).sum() * (0.5 if others is None else 1)
-        d_scale = ((of_pairs + (grad * torch.addcmul(likelihood, mass, lse)).sum()) / scale).to(scale.dtype)
+        of_pairs = (z * d_z).sum() / (2 * scale if others is None else scale)
+        d_scale = (of_pairs + (grad * alignment).sum()).to(scale.dtype)
     for u, left, right in zip(grad * scale, labels[::2], labels[1::2], strict=False):
         assert left is not None
         given = Labelled(z, others, left, right, self_offset)
         align_grad(u, None, given, (True, wanted[1], False, False), onto=(d_z, d_others))
-    return (
-        unit_rows_grad(z, factor, d_z),
-        anchors.new_empty(0) if d_others is None else unit_rows_grad(others, other_factor, d_others),
-        d_scale,
-    )
+    if normalize:
+        unit_rows_grad(d_z, anchors, factor)
+        if d_others is not None and contrasts is not None:
+            unit_rows_grad(d_others, contrasts, other_factor)
+    return d_z, anchors.new_empty(0) if d_others is None else d_others, d_scale
 
 
 def _unit(rows: Tensor | None, normalize: bool) -> tuple[Any, Any]:
@@ -166,7 +185,7 @@ def _grad_fake(
     return anchors.new_empty(anchors.shape), d_contrasts, scale.new_empty(() if wanted[2] else 0)
 
 
-_OPTIONS = "SymInt? self_offset, bool normalize, str precision, str backend"
+_OPTIONS = "SymInt? self_offset, SymInt? partner, bool normalize, str precision, str backend"
 _linear = define_operator(
     "linear",
     "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor a, Tensor? b, Tensor? teacher_a, Tensor? teacher_b, "

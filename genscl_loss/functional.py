@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from genscl_loss import _linear as linear
 from genscl_loss._backends import BACKENDS, available_backends, choose, dense, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_choice, check_number, check_values, validate
 from genscl_loss._distributed import Members, sum_over
 from genscl_loss._global import facts, global_log_likelihoods, no_log_likelihoods
-from genscl_loss._positives import num_classes, positives, similarity_matrix
+from genscl_loss._positives import Similarity, has_gradient, num_classes, positives, similarity_matrix
 from genscl_loss._unit import unit_pair
 
 if TYPE_CHECKING:
@@ -227,7 +228,8 @@ def _total(
 ) -> Tensor:
     """The loss of all anchors, the teacher's term included."""
     terms = [
-        _reduce(likelihood / (mass + _EPS), mass, problem, num_anchors, members) for likelihood, mass in likelihoods
+        _reduce(_loss_of(likelihood / (mass + _EPS)), mass, problem, num_anchors, members)
+        for likelihood, mass in likelihoods
     ]
     return terms[0] if len(terms) == 1 else terms[0] + problem.teacher_weight * terms[1]
 
@@ -290,25 +292,66 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         z, others = unit_pair(anchors, contrasts, batch.normalize)
         if batch.num_contrasts == 0:
             return no_log_likelihoods(z, scale, len(batch.all_labels))
+        if batch.partner is not None:
+            return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
         log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
         return [
             dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype))
             for labels in batch.all_labels
         ]
+    self_offset, precision = batch.self_offset, _precision(batch)
+    constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
+    if len(constant) == len(batch.all_labels):
+        partner = batch.partner if backend == "tiled" else None
+        options = linear.Options(self_offset, partner, batch.normalize, precision, backend)
+        return linear.log_likelihoods(anchors, contrasts, scale, constant, options)
     z, others = unit_pair(anchors, contrasts, batch.normalize)
-    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=_precision(batch), backend=backend)
+    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=precision, backend=backend)
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     found = [positives(z, others, labels, self_offset) for labels in batch.all_labels]
     return [(torch.addcmul(alignment * scale, mass, lse, value=-1), mass) for alignment, mass in found]
+
+
+def _log_likelihood_of_pairs(
+    batch: Batch, scale: Tensor, z: Tensor, others: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The logarithm of p_ij, where j is the only positive of anchor i, and a mass of one.
+
+    That is log(1 / (1 + exp(lse_i - s_ij))), with the log-sum-exp of the others. Of all losses this one goes to zero
+    when a model is trained; here neither it nor its gradient is a difference of large numbers.
+    """
+    lse = row_lse(
+        z, others, scale, batch.self_offset,
+        unit=batch.normalize, precision=_precision(batch), backend=backend, partner=batch.partner,
+    )  # fmt: skip
+    positives = _partners(z if others is None else others, batch.partner or 0, z.shape[0])
+    log_p = torch.nn.functional.logsigmoid((z * positives).sum(1) * scale - lse)
+    return log_p, torch.ones_like(log_p).detach()
+
+
+def _partners(contrasts: Tensor, first: int, count: int) -> Tensor:
+    """Rows (i + first) modulo M for i < count."""
+    rows = contrasts.shape[0]
+    if first + count <= rows:
+        return contrasts.narrow(0, first, count)
+    return contrasts.roll(-first, 0).expand(count // rows, -1, -1).reshape(count, -1)
 
 
 def _precision(batch: Batch) -> str:
     return "high" if batch.half else float32_precision()
 
 
+def _loss_of(likelihood: Tensor) -> Tensor:
+    """The loss of each anchor: minus its log-likelihood, which rounding may have made positive; the loss is then 0.
+
+    The gradient is that of the likelihood in any case, and zero has no sign.
+    """
+    return likelihood.detach().clamp(min=0) - likelihood
+
+
 def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, members: Members | None) -> Tensor:
-    """Weigh the log-likelihoods, reduce over those that count, and multiply what is then fewest by the factor."""
-    factor = -problem.factor
+    """Weigh the losses, reduce over those that count, and multiply what is then fewest by the factor."""
+    factor = problem.factor
     weight = None if problem.batch.sample_weight is None else problem.batch.sample_weight.to(loss.dtype)
     if weight is not None:
         loss = loss * weight

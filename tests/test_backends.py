@@ -126,14 +126,15 @@ def test_terms_far_below_one_are_not_lost(exponent):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_row_lse_is_registered_correctly(a, m, self_offset, dtype):
     anchors, contrasts, scale = make(a, m, dtype)
-    lse = row_lse(anchors, contrasts, scale, self_offset)
-    grad = torch.randn_like(lse)
+    partners = [2, -1]
+    _, sums = tiled.row_lse(anchors, contrasts, scale, partners if self_offset is None else [self_offset, *partners])
+    grad = torch.randn_like(sums[0])
     operators = torch.ops.genscl_loss
     leaves = [x if x is None else x.clone().requires_grad_() for x in (anchors, contrasts, scale)]
-    opcheck(operators.row_lse.default, (*leaves, self_offset, False, "highest", "tiled"))
+    opcheck(operators.row_lse.default, (*leaves, self_offset, partners, False, "highest", "tiled"))
     for wanted in (False, True):
         sizes = (a if m is None else m, anchors.shape[1])
-        saved = (lse, anchors, contrasts, scale, self_offset, False, *sizes)
+        saved = (sums, anchors, contrasts, scale, self_offset, partners, False, *sizes)
         opcheck(operators.row_lse_grad.default, (grad, *saved, wanted, "tiled"))
 
 
@@ -142,7 +143,7 @@ def test_operators_take_any_strides():
     scale = torch.tensor(2.0)
     opcheck(
         torch.ops.genscl_loss.row_lse.default,
-        (anchors.requires_grad_(), contrasts.requires_grad_(), scale, None, False, "highest", "tiled"),
+        (anchors.requires_grad_(), contrasts.requires_grad_(), scale, None, [], False, "highest", "tiled"),
     )
     a, b = torch.rand(6, 8).T, torch.rand(12, 10)[::2, ::2].T
     opcheck(torch.ops.genscl_loss.matmul.default, (a.requires_grad_(), b.T.requires_grad_()[:, :2]), test_utils=SCHEMA)
@@ -242,11 +243,11 @@ def test_one_shift_leaves_room_below_for_processors_without_subnormal_numbers():
 def test_the_logits_of_a_self_contrast_are_symmetric_and_half_of_them_is_computed(small_tile):
     """Values do not show it: what serves logits of any size would give the same, at twice the cost and more."""
     z, _, scale = make(16, None)
-    lse = tiled.row_lse(z, None, scale, 0)
+    lse, sums = tiled.row_lse(z, None, scale, [0])
     with FlopCounterMode(display=False) as forward:
-        tiled.row_lse(z, None, scale, 0)
+        tiled.row_lse(z, None, scale, [0])
     with FlopCounterMode(display=False) as backward:  # logits only: it does not count what is added in place
-        tiled.row_lse_grad(torch.ones_like(lse), lse, z, None, scale, 0, False)
+        tiled.row_lse_grad(torch.ones_like(lse), sums, z, None, scale, [0], False)
     matrix, diagonal = 2 * 16 * 16 * z.shape[1], small_tile / 16  # one tile in four is on the diagonal
     assert 0 < forward.get_total_flops() <= matrix * (1 + diagonal) / 2
     assert 0 < backward.get_total_flops() <= matrix * (1 + diagonal) / 2

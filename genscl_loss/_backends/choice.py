@@ -6,8 +6,8 @@ matrix products, both look at every logit, and either has operations whose numbe
     dense     call + logit A M + row (A + M) (D + C) + product A M (3 D + C)
     linear    the same, with constants of its own, and product (2 A M D + labels)
 
-in a self-contrast. Labels cost 3 (A + M) C D products, or what pairs cost, 3 A M (C + D), if that is less. Matrices of the
-dense equation are taken while they are small, or not much larger than features and labels are.
+in a self-contrast. Labels cost 3 (A + M) C D products, or what pairs cost, 3 A M (C + D), if that is less. Matrices of
+the dense equation are taken while they are small, or not much larger than features and labels are.
 """
 
 from dataclasses import dataclass

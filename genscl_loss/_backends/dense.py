@@ -4,6 +4,8 @@ Plain torch operations, so differentiable as often as wanted; fastest while the 
 halves of the loss then share every pass over them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,15 @@ def log_softmax(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: 
     Returns:
         (A, M); meaningless, but finite, in the self terms.
     """
-    return _logits(anchors, contrasts, scale, self_offset).log_softmax(1)
+    return _logits(anchors, contrasts, scale, [] if self_offset is None else [self_offset]).log_softmax(1)
 
 
-def row_lse(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None) -> Tensor:
-    """Logarithm of sum_{k != self} exp(s_ik), (A,), in the terms of `log_softmax`."""
-    return _logits(anchors, contrasts, scale, self_offset).logsumexp(1)
+def row_lse(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
+    """Logarithm of sum_k exp(s_ik), (A,), in the terms of `log_softmax`, without k = i + d for each d of `left_out`."""
+    logits = _logits(anchors, contrasts, scale, left_out)
+    largest = logits.detach().amax(1, keepdim=True)
+    # As `torch.logsumexp`, whose derivative takes the exponentials again.
+    return (logits - largest).exp().sum(1).log() + largest[:, 0]
 
 
 def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +40,11 @@ def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return (weights * log_p).sum(1), weights.sum(1)
 
 
-def _logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None) -> Tensor:
+def _logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
     logits = matmul(anchors * scale, contrasts.T)
-    if self_offset is not None:
+    for offset in left_out:
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
         # Behind autograd's back: probability and weight are zero there, and so is every derivative.
-        logits.detach().diagonal(self_offset).fill_(torch.finfo(logits.dtype).min)
+        logits.detach().diagonal(offset).fill_(torch.finfo(logits.dtype).min)
     return logits

@@ -1,6 +1,6 @@
 """The row log-sum-exp as an operator of torch, whichever backend computes it, and its derivative."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ def row_lse(
     unit: bool,
     precision: str,
     backend: str,
+    partner: int | None = None,
 ) -> Tensor:
     """Log-sum-exp over the contrasts of each anchor, without the anchor itself.
 
@@ -31,16 +32,31 @@ def row_lse(
         precision: "highest" for all digits of float32; "high" and "medium" allow products of 10 bits. As in
             `torch.set_float32_matmul_precision`. On CPUs always "highest".
         backend: One of `BACKENDS` but "auto".
+        partner: Leaves contrast (i + partner) modulo M out as well; not for "triton".
 
     Returns:
-        (A,); -inf for an anchor that has no contrast.
+        (A,); -inf, or the lowest number, for an anchor that has no contrast.
     """
+    others = anchors if contrasts is None else contrasts
+    partners = _partners_of(anchors, contrasts, partner)
     if backend == "dense":
-        return dense.row_lse(anchors, anchors if contrasts is None else contrasts, scale, self_offset)
+        lse: Tensor = dense.row_lse(anchors, others, scale, _left_out(self_offset, partners))
+        # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
+        return lse if unit else lse + torch.linalg.vector_norm(others.detach(), torch.inf) * 0
     if backend == "triton" and not unit:
         anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
-    lse: Tensor = _row_lse(anchors, contrasts, scale, self_offset, unit, precision, backend)[0]
+    lse = _row_lse(anchors, contrasts, scale, self_offset, partners, unit, precision, backend)[0]
     return lse
+
+
+def _diagonals(first: int, num_rows: int, num_cols: int) -> list[int]:
+    """Where (i, (i + first) modulo columns) are."""
+    return [first - k * num_cols for k in range(-(-(first + num_rows) // num_cols))]
+
+
+def _left_out(self_offset: int | None, partners: list[int]) -> list[int]:
+    """Diagonals of the logits that do not count."""
+    return partners if self_offset is None else [self_offset, *partners]
 
 
 def _entries_up_to_one(
@@ -64,17 +80,18 @@ def _lse_kernel(
     contrasts: Tensor | None,
     scale: Tensor,
     self_offset: int | None,
+    partners: list[int],
     unit: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result; then, as the backward pass wants them, what it was made of, anchors and contrasts.
 
-    Empty where the result, the anchors or the contrasts themselves are wanted.
+    Empty where the anchors or the contrasts themselves are wanted.
     """
     if backend == "tiled":
-        nothing = (anchors.new_empty(0), _no_rows(anchors), _no_rows(anchors))
-        return tiled.row_lse(anchors, contrasts, scale, self_offset), *nothing
+        lse, sums = tiled.row_lse(anchors, contrasts, scale, _left_out(self_offset, partners))
+        return lse, sums, _no_rows(anchors), _no_rows(anchors)
     lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision)
     return lse, sums, rows, _no_rows(anchors) if cols is None else cols
 
@@ -88,6 +105,7 @@ def _lse_fake(
     contrasts: Tensor | None,
     scale: Tensor,
     self_offset: int | None,
+    partners: list[int],
     unit: bool,
     precision: str,
     backend: str,
@@ -98,18 +116,17 @@ def _lse_fake(
         return rows.new_empty(fused.split_shape(rows.shape[0], rows.shape[1], precision), dtype=torch.float16)
 
     n = anchors.shape[0]
-    sums = anchors.new_empty(0 if backend == "tiled" else (2, n))
-    return anchors.new_empty(n), sums, split(anchors), split(contrasts)
+    return anchors.new_empty(n), anchors.new_empty(2, n), split(anchors), split(contrasts)
 
 
 def _lse_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchors, contrasts, scale, ctx.self_offset, ctx.unit, _, ctx.backend = inputs
-    lse, sums, rows, cols = output
+    anchors, contrasts, scale, ctx.self_offset, ctx.partners, ctx.unit, _, ctx.backend = inputs
+    _, sums, rows, cols = output
     ctx.mark_non_differentiable(rows, cols)  # not the sums: through them a second derivative finds its refusal
     ctx.set_materialize_grads(False)
     # Split rows take the place of the rows themselves, whose memory is then free before the backward pass.
-    kept = (lse, anchors, contrasts) if ctx.backend == "tiled" else (sums, rows, None if contrasts is None else cols)
-    ctx.save_for_backward(*kept, scale, anchors if scale.requires_grad else None)
+    kept = (anchors, contrasts) if ctx.backend == "tiled" else (rows, None if contrasts is None else cols)
+    ctx.save_for_backward(sums, *kept, scale, anchors if scale.requires_grad else None)
     ctx.sizes = (anchors.shape[0] if contrasts is None else contrasts.shape[0], anchors.shape[1])
 
 
@@ -117,16 +134,17 @@ def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
     sums, rows, cols, scale, anchors = ctx.saved_tensors
     _, contrasts_need_grad, scale_needs_grad, *_ = ctx.needs_input_grad
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     d_anchors, d_contrasts = _row_lse_grad(
-        grad, sums, rows, cols, scale, ctx.self_offset, ctx.unit, *ctx.sizes, contrasts_need_grad, ctx.backend
-    )
+        grad, sums, rows, cols, scale, ctx.self_offset, ctx.partners, ctx.unit, *ctx.sizes, contrasts_need_grad,
+        ctx.backend,
+    )  # fmt: skip
     d_scale = None
     if scale_needs_grad:
         # lse depends on scale through scale * anchors only. In a self-contrast d_anchors holds both sides: count half.
         d_scale = (anchors * d_anchors).sum() / (scale if cols is not None else 2 * scale)
         d_scale = d_scale.to(scale.dtype)
-    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, None, None, None, None
+    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, None, None, None, None, None
 
 
 def _grad_kernel(
@@ -136,6 +154,7 @@ def _grad_kernel(
     cols: Tensor | None,
     scale: Tensor,
     self_offset: int | None,
+    partners: list[int],
     unit: bool,
     num_contrasts: int,
     num_features: int,
@@ -143,7 +162,8 @@ def _grad_kernel(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "tiled":
-        d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, self_offset, contrasts_need_grad)
+        left_out = _left_out(self_offset, partners)
+        d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, left_out, contrasts_need_grad)
     else:
         d_anchors, d_contrasts = fused.row_lse_grad(
             grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, contrasts_need_grad
@@ -158,6 +178,7 @@ def _grad_fake(
     cols: Tensor | None,
     scale: Tensor,
     self_offset: int | None,
+    partners: list[int],
     unit: bool,
     num_contrasts: int,
     num_features: int,
@@ -173,17 +194,17 @@ def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _grad_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(_no_second_derivative(ctx.backend))
+    raise RuntimeError(no_second_derivative(ctx.backend))
 
 
-def _no_second_derivative(backend: str) -> str:
+def no_second_derivative(backend: str) -> str:
     return f'backend "{backend}" has no second derivative; pass backend="dense" to differentiate the loss twice'
 
 
 _row_lse = define_operator(
     "row_lse",
-    "(Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset, bool unit, str precision, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset, SymInt[] partners, bool unit,"
+    " str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_lse_kernel,
     fake=_lse_fake,
     setup_context=_lse_setup_context,
@@ -191,8 +212,8 @@ _row_lse = define_operator(
 )
 _row_lse_grad = define_operator(
     "row_lse_grad",
-    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, SymInt? self_offset, bool unit,"
-    " SymInt num_contrasts, SymInt num_features, bool contrasts_need_grad, str backend) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, SymInt? self_offset, SymInt[] partners,"
+    " bool unit, SymInt num_contrasts, SymInt num_features, bool contrasts_need_grad, str backend) -> (Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,
     setup_context=_grad_setup_context,
@@ -217,7 +238,7 @@ def mirrored_row_lse(
     """`row_lse` of some rows among all rows, others of which have owners that call this too.
 
     Logits are symmetric: the gradient of a row as a contrast of others needs only what is known of these others, their
-    rows and two or three numbers each. It is one pass over the same pairs, and no gradient travels.
+    rows and three numbers each. It is one pass over the same pairs, and no gradient travels.
 
     Args:
         rows: (A, D).
@@ -254,9 +275,9 @@ class _MirroredLse(torch.autograd.Function):
             ctx.factor = _power_of_two(every)
             given = (rows * ctx.factor, every * ctx.factor, scale.to(rows.device) / ctx.factor / ctx.factor)
         with without_autocast(rows.device):
-            lse, sums, left, right = _lse_kernel(*given, self_offset, unit, precision, backend)
-        kept = (lse, *given[:2]) if backend == "tiled" else (sums, left, right)
-        ctx.save_for_backward(lse, *kept, given[2], scale, rows if ctx.needs_input_grad[2] else None)
+            lse, sums, left, right = _lse_kernel(*given, self_offset, [], unit, precision, backend)
+        kept = given[:2] if backend == "tiled" else (left, right)
+        ctx.save_for_backward(lse, sums, *kept, given[2], scale, rows if ctx.needs_input_grad[2] else None)
         ctx.options = (self_offset, share, unit, backend, rows.shape)
         return lse
 
@@ -265,7 +286,7 @@ class _MirroredLse(torch.autograd.Function):
         lse, *saved = ctx.saved_tensors
         with torch.no_grad():
             d_rows, d_scale = _MirroredLse._gradients(ctx, grad, *saved)
-        message = _no_second_derivative(ctx.options[3])
+        message = no_second_derivative(ctx.options[3])
         d_rows = only_once(d_rows, message, lse)
         d_scale = None if d_scale is None else only_once(d_scale, message, lse)
         return d_rows, None, d_scale, None, None, None, None, None
@@ -284,17 +305,75 @@ class _MirroredLse(torch.autograd.Function):
         """Of the rows and the scale."""
         self_offset, share, unit, backend, (num_rows, num_features) = ctx.options
         with without_autocast(grad.device):
+            grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
+            given = (grads.contiguous(), torch.stack(all_sums), left, right, inner_scale, self_offset)
             if backend == "tiled":
-                settled = tiled.settled(grad, sums, left, right, inner_scale, self_offset)
-                grads, lses = share(torch.stack([settled, sums], 1)).unbind(1)
-                d_rows = tiled.mirrored_grad(grads, lses, left, right, inner_scale, self_offset)
+                d_rows = tiled.mirrored_grad(*given)
             else:
-                grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
-                d_rows = fused.mirrored_grad(
-                    grads.contiguous(), torch.stack(all_sums), left, right, inner_scale, self_offset, unit,
-                    num_rows, num_features,
-                )  # fmt: skip
+                d_rows = fused.mirrored_grad(*given, unit, num_rows, num_features)
         if ctx.factor is not None:
             d_rows = d_rows * ctx.factor
         # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
         return d_rows, None if rows is None else ((rows * d_rows).sum() / (2 * scale)).to(scale.dtype)
+
+
+# ---- As a part of another operator ----
+
+
+def pairs(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    partner: int | None,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`row_lse` as a pure function: the result, and what `pairs_grad` wants of it. Not for "dense"."""
+    if backend == "triton" and not unit:
+        anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
+    partners = _partners_of(anchors, contrasts, partner)
+    return _lse_kernel(anchors, contrasts, scale, self_offset, partners, unit, precision, backend)
+
+
+def fake_pairs(anchors: Tensor, contrasts: Tensor | None, precision: str, backend: str) -> tuple[Tensor, ...]:
+    """Empty tensors of the shapes that `pairs` returns."""
+    return _lse_fake(anchors, contrasts, anchors, None, [], True, precision, backend)
+
+
+def pairs_grad(
+    grad: Tensor,
+    kept: Sequence[Tensor],
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    partner: int | None,
+    unit: bool,
+    backend: str,
+    contrasts_need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of anchors and contrasts, from what `pairs` returned behind its result."""
+    sums, rows, cols = kept
+    m, d = anchors.shape if contrasts is None else contrasts.shape
+    need = contrasts_need_grad and contrasts is not None
+    partners, factor = _partners_of(anchors, contrasts, partner), None
+    if backend == "tiled":
+        rows, right = anchors, contrasts
+    else:
+        right = None if contrasts is None else cols
+        if not unit:
+            factor, (_, _, scale) = _power_of_two(anchors), _entries_up_to_one(anchors, contrasts, scale)
+    found = _grad_kernel(grad, sums, rows, right, scale, self_offset, partners, unit, m, d, need, backend)
+    d_anchors, d_contrasts = found[0], found[1] if need else None
+    if factor is not None:
+        d_anchors.mul_(factor)
+        if contrasts is not None and d_contrasts is not None:
+            d_contrasts.mul_(_power_of_two(contrasts))
+    return d_anchors, d_contrasts
+
+
+def _partners_of(anchors: Tensor, contrasts: Tensor | None, partner: int | None) -> list[int]:
+    others = anchors if contrasts is None else contrasts
+    return [] if partner is None else _diagonals(partner, anchors.shape[0], others.shape[0])

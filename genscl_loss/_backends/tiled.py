@@ -2,21 +2,25 @@
 
 Everything is in base 2 (`exp2` is several times faster than `exp`): with s the logits times log2(e),
 
-    lse_i = ln 2 * log2 sum_j 2^{s_ij}.
+    lse_i = ln 2 * (shift_i + log2 t_i),    t_i = sum_j 2^{s_ij - shift_i}.
 
-In a self-contrast s is symmetric, so each tile above the diagonal serves its rows and, transposed, its columns, in both
-passes: half the products in the forward pass, three quarters in the backward pass. The gradient of row i is
+Sums run over the contrasts that are not left out. In a self-contrast s is symmetric, so each tile above the diagonal
+serves its rows and, transposed, its columns, in both passes: half the products in the forward pass, three quarters in
+the backward pass. The gradient of row i is
 
-    dz_i = scale * sum_{j != i} (g_i 2^{s_ij - lse_i} + g_j 2^{s_ij - lse_j}) z_j.
+    dz_i = scale * sum_j (g_i / t_i 2^{s_ij - shift_i} + g_j / t_j 2^{s_ij - shift_j}) z_j.
 
-Exponentials need a shift. Where all logits provably fit (Cauchy-Schwarz, see `_shift`) one constant serves all rows
-and the two exponentials of the gradient become one. Elsewhere each row keeps its running maximum, no tile is used
-twice, and the gradient sums each row once more: to large logits the rounding of lse, and of s_ij against s_ji, is not
-small.
+Between the passes a row keeps its shift and its sum t, not the logarithm: that is rounded to a share of its size, and a
+softmax of a trained model, where one probability is all but one, has no digits to spare for that. Both passes take the
+same products in the same tiles, so that what rounding did to a logit is the same in a term and in the sum.
+
+Where all logits provably fit (Cauchy-Schwarz, see `_shift`) one constant shift serves all rows, and the two
+exponentials of the gradient become one. Elsewhere the shift of a row is its maximum, which is found as it goes, and no
+tile is used twice.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,47 +34,51 @@ TILE = 512  # edge of a tile: 1 MiB in float32, which two cores hold in their le
 _EXPONENT_RANGE = {torch.float32: (60.0, -102.0), torch.float64: (480.0, -960.0)}
 
 
-def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None) -> Tensor:
-    """Log-sum-exp of each row of logits without the self term; see `genscl_loss._backends.row_lse`."""
+def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, left_out: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row of logits without some diagonals; see `genscl_loss._backends.row_lse`.
+
+    Returns:
+        The log-sum-exp, and what it was made of, (2, A): the shift of each row and its sum.
+    """
     scaled = anchors * (scale * math.log2(math.e))
     others = anchors if contrasts is None else contrasts
+    sums = scaled.new_zeros(2, scaled.shape[0])
+    shifts, totals = sums
     shift = _shift(scaled, others)
     if shift is None:
-        lse = _online_lse(scaled, others, self_offset)
+        _add_online(shifts.fill_(-torch.inf), totals, scaled, others, left_out)
     else:
-        lse = scaled.new_zeros(scaled.shape[0])
-        for rows, cols, tile in _tiles(scaled, others, self_offset, half=contrasts is None):
+        shifts.fill_(shift)
+        for rows, cols, tile in _tiles(scaled, others, left_out, half=contrasts is None):
             terms = _exp2(tile, shift)
-            lse[rows] += terms.sum(1)
+            totals[rows] += terms.sum(1)
             if contrasts is None and rows != cols:
-                lse[cols] += terms.sum(0)
-        lse = lse.log2_().add_(shift)
+                totals[cols] += terms.sum(0)
     # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
-    return lse.mul_(math.log(2)).add_(torch.linalg.vector_norm(others, torch.inf) * 0)
+    totals.add_(torch.linalg.vector_norm(others, torch.inf) * 0)
+    return totals.log2().add_(shifts).mul_(math.log(2)), sums
 
 
 def row_lse_grad(
     grad: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
-    self_offset: int | None,
+    left_out: Sequence[int],
     contrasts_need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts."""
     scaled = anchors * (scale * math.log2(math.e))
     others = anchors if contrasts is None else contrasts
-    lse = lse * math.log2(math.e)
     shift = _shift(scaled, others)
+    factors = _factors(grad, sums)
     if contrasts is None and shift is not None:
-        return _symmetric_grad(grad, lse, anchors, scaled, shift).mul_(scale), None
+        return _symmetric_grad(factors, anchors, scaled, left_out, shift).mul_(scale), None
     d_anchors = torch.zeros_like(anchors)
     d_contrasts = d_anchors if contrasts is None else torch.zeros_like(contrasts) if contrasts_need_grad else None
-    if shift is None:
-        grad = grad / _row_sums(lse, scaled, others, self_offset)
-    for rows, cols, tile in _tiles(scaled, others, self_offset):
-        weights = tile.sub_(lse[rows, None]).exp2_().mul_(grad[rows, None])
+    for rows, cols, tile in _tiles(scaled, others, left_out):
+        weights = tile.sub_(sums[0, rows, None]).exp2_().mul_(factors[rows, None])
         add_product(d_anchors[rows], weights, others[cols])
         if d_contrasts is not None:
             d_contrasts[cols].addmm_(weights.T, anchors[rows])
@@ -81,65 +89,50 @@ def row_lse_grad(
 
 
 def mirrored_grad(
-    grads: Tensor, lses: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int
+    grads: Tensor, sums: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int
 ) -> Tensor:
     """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
     scaled = anchors * (scale * math.log2(math.e))
-    lses = lses * math.log2(math.e)
     own = slice(self_offset, self_offset + anchors.shape[0])
     shift = _shift(scaled, contrasts)
-    factors = grads if shift is None else grads * (shift - lses).exp2()
+    shifts, factors = sums[0], _factors(grads, sums)
+    if shift is not None:  # that of all rows, which owners may not have had
+        factors = factors * (shift - shifts).exp2()
     dz = torch.zeros_like(anchors)
-    for rows, cols, tile in _tiles(scaled, contrasts, self_offset):
+    for rows, cols, tile in _tiles(scaled, contrasts, [self_offset]):
         left, right = factors[own][rows, None], factors[cols]
         if shift is None:
-            weights = (tile - lses[cols]).exp2_().mul_(right)
-            weights += tile.sub_(lses[own][rows, None]).exp2_().mul_(left)
+            weights = (tile - shifts[cols]).exp2_().mul_(right)
+            weights += tile.sub_(shifts[own][rows, None]).exp2_().mul_(left)
         else:
             weights = _exp2(tile, shift).mul_(left + right)
         add_product(dz[rows], weights, contrasts[cols])
     return dz.mul_(scale)
 
 
-def settled(
-    grad: Tensor, lse: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None
-) -> Tensor:
-    """The upstream gradient, made good for the rounding of lse where that is not small."""
-    scaled = anchors * (scale * math.log2(math.e))
-    if _shift(scaled, contrasts) is not None:
-        return grad
-    return grad / _row_sums(lse * math.log2(math.e), scaled, contrasts, self_offset)
+def _factors(grad: Tensor, sums: Tensor) -> Tensor:
+    """Upstream gradient of each row over its sum; zero for a row that has no contrast."""
+    return grad / sums[1].masked_fill(sums[1] == 0, torch.inf)
 
 
-def _symmetric_grad(grad: Tensor, lse: Tensor, z: Tensor, scaled: Tensor, shift: float) -> Tensor:
-    factor = grad * (shift - lse).exp2()
+def _symmetric_grad(factors: Tensor, z: Tensor, scaled: Tensor, left_out: Sequence[int], shift: float) -> Tensor:
     dz = torch.zeros_like(z)
-    for rows, cols, tile in _tiles(scaled, z, 0, half=True):
-        weights = _exp2(tile, shift).mul_(factor[rows, None] + factor[cols])
+    for rows, cols, tile in _tiles(scaled, z, left_out, half=True):
+        weights = _exp2(tile, shift).mul_(factors[rows, None] + factors[cols])
         add_product(dz[rows], weights, z[cols])
         if rows != cols:
             dz[cols].addmm_(weights.T, z[rows])
     return dz
 
 
-def _row_sums(lse: Tensor, scaled: Tensor, others: Tensor, self_offset: int | None) -> Tensor:
-    """sum_j 2^{s_ij - lse_i}: one, but for the rounding of lse."""
-    total = torch.zeros_like(lse)
-    for rows, _, tile in _tiles(scaled, others, self_offset):
-        total[rows] += tile.sub_(lse[rows, None]).exp2_().sum(1)
-    return total
-
-
-def _online_lse(scaled: Tensor, others: Tensor, self_offset: int | None) -> Tensor:
-    """Base-2 log-sum-exp of each row with a running maximum, for logits of any size."""
-    largest = scaled.new_full(scaled.shape[:1], -torch.inf)
-    total = torch.zeros_like(largest)
-    for rows, _, tile in _tiles(scaled, others, self_offset):
+def _add_online(largest: Tensor, total: Tensor, scaled: Tensor, others: Tensor, left_out: Sequence[int]) -> None:
+    """Sum of each row over 2^largest with a running maximum, for logits of any size."""
+    for rows, _, tile in _tiles(scaled, others, left_out):
         new = torch.maximum(largest[rows], tile.amax(1))
-        safe = new.masked_fill(new == -torch.inf, 0)  # only the self term so far: nothing to shift by
+        safe = new.masked_fill(new == -torch.inf, 0)  # only what is left out so far: nothing to shift by
         total[rows] = total[rows] * (largest[rows] - safe).exp2_() + tile.sub_(safe[:, None]).exp2_().sum(1)
         largest[rows] = new
-    return total.log2_().add_(largest)
+    largest.masked_fill_(largest == -torch.inf, 0)  # of a row without contrasts
 
 
 def _shift(scaled: Tensor, others: Tensor) -> float | None:
@@ -165,11 +158,11 @@ def _exp2(tile: Tensor, shift: float) -> Tensor:
 
 
 def _tiles(
-    scaled: Tensor, others: Tensor, self_offset: int | None, *, half: bool = False
+    scaled: Tensor, others: Tensor, left_out: Sequence[int], *, half: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (rows, cols, logits of that tile), the self term being -inf; a tile may overwrite the one before it.
+    """Yield (rows, cols, logits of that tile); a tile may overwrite the one before it.
 
-    With `half`, only the tiles on and above the diagonal.
+    Entries (i, i + d) are -inf for each d of `left_out`. With `half`, only the tiles on and above the main diagonal.
     """
     n, m = scaled.shape[0], others.shape[0]
     edge = TILE if scaled.device.type == "cpu" else 8 * TILE  # elsewhere launches cost more than caches give
@@ -180,7 +173,7 @@ def _tiles(
             cols = slice(j, min(j + edge, m))
             shape = (rows.stop - i, cols.stop - j)
             tile = product(scaled[rows], others[cols].T, buffer[: shape[0] * shape[1]].view(shape))
-            # Within the tile the self terms lie on one diagonal, which may miss it altogether.
-            if self_offset is not None and -shape[0] < (diagonal := i + self_offset - j) < shape[1]:
-                tile.diagonal(diagonal).fill_(-torch.inf)
+            for offset in left_out:  # one diagonal of the tile, or none of it
+                if -shape[0] < (diagonal := i + offset - j) < shape[1]:
+                    tile.diagonal(diagonal).fill_(-torch.inf)
             yield rows, cols, tile

@@ -9,21 +9,28 @@ half (`genscl_loss._backends`). An implementation is a pair of pure functions in
 `align_grad` are. `sums.py` has four ways to sum over positives; `alignment.py` takes the cheapest that is exact.
 """
 
+from genscl_loss._positives.alignment import Labelled, align, align_grad
 from genscl_loss._positives.labels import (
     ClassLabels,
     Labels,
     Similarity,
     VectorLabels,
+    has_gradient,
     num_classes,
     similarity_matrix,
 )
-from genscl_loss._positives.operator import mirrored_positives, positives
+from genscl_loss._positives.operator import labelled, mirrored_positives, positives
 
 __all__ = [
     "ClassLabels",
+    "Labelled",
     "Labels",
     "Similarity",
     "VectorLabels",
+    "align",
+    "align_grad",
+    "has_gradient",
+    "labelled",
     "mirrored_positives",
     "num_classes",
     "positives",

@@ -24,13 +24,11 @@ from genscl_loss._positives.sums import (
     by_pairs,
     by_sweep,
     by_total,
-    chunk,
     matrix,
     remember,
-    slices,
     sum_dtype,
 )
-from genscl_loss._unit import inverse_lengths
+from genscl_loss._unit import inverse_lengths, unit_rows_grad
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,13 @@ def align(given: Labelled) -> tuple[Tensor, Tensor]:
 
 
 def align_grad(
-    u: Tensor, v: Tensor | None, given: Labelled, wanted: Sequence[bool], all_u: Tensor | None = None
+    u: Tensor,
+    v: Tensor | None,
+    given: Labelled,
+    wanted: Sequence[bool],
+    *,
+    all_u: Tensor | None = None,
+    onto: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> list[Tensor | None]:
     """Gradients of anchors, contrasts, and the labels of each, where they are wanted.
 
@@ -77,6 +81,7 @@ def align_grad(
         given: As in `align`.
         wanted: Which of the four; contrasts of None have none, and their part is in that of the anchors.
         all_u: u of the contrasts, (M,), where these are anchors of others: the gradient of a row is then that of both.
+        onto: Gradients of anchors and contrasts from elsewhere, which these are added to, in place.
     """
     z, others = given.rows
     num_columns = z.shape[1]
@@ -84,15 +89,15 @@ def align_grad(
     if wanted[0] and (given.contrasts is None or all_u is not None):
         weights, dtype = _weights(given, 2 * num_columns)
         both = _times_u_and_one(matrix(others, dtype), (u if all_u is None else all_u).to(dtype))
-        results[0] = _put_together(_of_both(weights.of(both), u.to(dtype)), z)
+        results[0] = _put_together(_of_both(weights.of(both), u.to(dtype)), z, onto[0])
     elif wanted[0]:
         weights, dtype = _weights(given, num_columns)
         sums, factor = weights.of(matrix(others, dtype)), u.to(dtype)[:, None]
-        results[0] = _put_together(((rows, cols, part.mul_(factor[rows])) for rows, cols, part in sums), z)
+        results[0] = _put_together(((rows, cols, part.mul_(factor[rows])) for rows, cols, part in sums), z, onto[0])
     if wanted[1] and given.contrasts is not None:
         weights, dtype = _weights(given, num_columns)
         weighted = matrix(z, dtype, u[:, None])
-        results[1] = _put_together(weights.transposed.of(weighted), others)
+        results[1] = _put_together(weights.transposed.of(weighted), others, onto[1])
     if wanted[2] or wanted[3]:
         results[2:] = _label_grads(u, v, given, wanted[2:])
     return results
@@ -113,9 +118,9 @@ def _label_grads(
     b_factor = a_factor if given.contrast_labels is None else inverse_lengths(b)
     d_a = d_b = None
     if wanted[0]:
-        d_a = _unnormalized(_put_together(weights.of(matrix(b, dtype, b_factor)), a), a, a_factor)
+        d_a = unit_rows_grad(_put_together(weights.of(matrix(b, dtype, b_factor)), a), a, a_factor)
     if wanted[1] or (wanted[0] and given.contrast_labels is None):
-        d_b = _unnormalized(_put_together(weights.transposed.of(matrix(a, dtype, a_factor)), b), b, b_factor)
+        d_b = unit_rows_grad(_put_together(weights.transposed.of(matrix(a, dtype, a_factor)), b), b, b_factor)
     return (d_a, d_b) if given.contrast_labels is not None else (d_a if d_a is None or d_b is None else d_a + d_b, None)
 
 
@@ -205,16 +210,11 @@ def _of_both(parts: Sums, u: Tensor) -> Sums:
         yield rows, cols, as_contrast.addcmul_(as_anchor, u[rows, None])
 
 
-def _put_together(parts: Sums, like: Tensor) -> Tensor:
-    out = like.new_empty(like.shape)
+def _put_together(parts: Sums, like: Tensor, onto: Tensor | None = None) -> Tensor:
+    out = like.new_empty(like.shape) if onto is None else onto
     for rows, cols, part in parts:
-        out[rows, cols] = part
+        if onto is None:
+            out[rows, cols] = part
+        else:
+            out[rows, cols] += part
     return out
-
-
-def _unnormalized(grad: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of rows from that of `rows * factor`, their unit rows; in place, a few rows at a time."""
-    for some in slices(len(rows), chunk(rows.shape[1], rows.device)):
-        unit, part = rows[some] * factor[some], grad[some]
-        part.addcmul_(unit, (unit * part).sum(1, keepdim=True), value=-1).mul_(factor[some])
-    return grad

@@ -38,6 +38,11 @@ def num_classes(labels: Labels) -> int:
     return labels.anchors.shape[1] if isinstance(labels, VectorLabels) else 0
 
 
+def has_gradient(labels: Labels) -> bool:
+    """Whether anything is to be differentiated with respect to them."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in labels)
+
+
 def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtype) -> Tensor:
     """w, (A, M), with zeros in the self terms."""
     if isinstance(labels, ClassLabels):

@@ -17,6 +17,8 @@ from genscl_loss._positives.labels import (
     similarity_matrix,
 )
 
+_ONCE = 'only backend="dense" can be differentiated twice; pass backend="dense" for that'
+
 
 def positives(
     anchors: Tensor, contrasts: Tensor | None, labels: Labels, self_offset: int | None
@@ -65,17 +67,19 @@ def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.self_offset = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[0])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
-    anchors, *others = ctx.saved_tensors
+    anchors, *others, alignment = ctx.saved_tensors
     if u is None:
         u = anchors.new_zeros(anchors.shape[0])
     wanted = list(ctx.needs_input_grad[:4])
-    results = _positives_grad(u, v, anchors, *others, ctx.self_offset, wanted)
-    return *(result if want else None for result, want in zip(results, wanted, strict=True)), None
+    with torch.no_grad():
+        results = _positives_grad(u, v, anchors, *others, ctx.self_offset, wanted)
+    grads = (only_once(x, _ONCE, alignment) if want else None for x, want in zip(results, wanted, strict=True))
+    return *grads, None
 
 
 def _grad_kernel(
@@ -98,15 +102,6 @@ def _grad_fake(u: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(u.new_empty(0) if x is None or not want else x.new_empty(x.shape) for x, want in given)
 
 
-def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _grad_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(_NO_SECOND_DERIVATIVE)
-
-
-_NO_SECOND_DERIVATIVE = 'only backend="dense" can be differentiated twice; pass backend="dense"'
 _ARGUMENTS = "Tensor anchors, Tensor? contrasts, Tensor a, Tensor? b, SymInt? self_offset"
 _positives = define_operator(
     "positives",
@@ -121,8 +116,6 @@ _positives_grad = define_operator(
     f"(Tensor u, Tensor? v, {_ARGUMENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,
-    setup_context=_grad_setup_context,
-    backward=_grad_backward,
 )
 
 
@@ -157,6 +150,6 @@ class _MirroredPositives(torch.autograd.Function):
         with torch.no_grad(), without_autocast(u.device):
             given = Labelled(anchors, every, a, b, ctx.self_offset)
             all_u = ctx.share(u[:, None])[:, 0]
-            grads = align_grad(u, None, given, (True, False, False, False), all_u)
-        message = 'with group, only backend="dense" can be differentiated twice'
+            grads = align_grad(u, None, given, (True, False, False, False), all_u=all_u)
+        message = f"with group, {_ONCE}"
         return None if grads[0] is None else only_once(grads[0], message, alignment), None, None
