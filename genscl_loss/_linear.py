@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 
 from genscl_loss._backends.operator import fake_pairs, no_second_derivative, pairs, pairs_grad
 from genscl_loss._library import define_operator, only_once
-from genscl_loss._positives import ClassLabels, Labelled, VectorLabels, align, align_grad, labelled
+from genscl_loss._positives import ClassLabels, VectorLabels, align, align_grad, labelled
 from genscl_loss._unit import inverse_lengths, unit_rows_grad
 
 
@@ -58,9 +58,9 @@ def log_likelihoods(
     """
     both: list[Tensor | None] = [None] * 4
     for k, labels in enumerate(all_labels):
-        given = labelled(anchors, contrasts, labels, options.self_offset)
-        both[2 * k], both[2 * k + 1] = given.anchor_labels.detach(), given.contrast_labels
-    likelihood, mass, *_ = _linear(anchors, contrasts, scale, *both, *astuple(options))
+        both[2 * k], both[2 * k + 1] = labels.anchors.detach(), None if contrasts is None else labels.contrasts.detach()
+    are_numbers = isinstance(all_labels[0], ClassLabels) and all_labels[0].are_numbers
+    likelihood, mass, *_ = _linear(anchors, contrasts, scale, *both, are_numbers, *astuple(options))
     return list(zip(likelihood.unbind(), mass.unbind(), strict=True))
 
 
@@ -72,6 +72,7 @@ def _kernel(
     b: Tensor | None,
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
+    are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
     normalize: bool,
@@ -82,13 +83,12 @@ def _kernel(
     z, others = (_unit(rows, normalize)[0] for rows in (anchors, contrasts))
     lse, *kept = pairs(z, others, scale, self_offset, partner, normalize, precision, backend)
     results = []
-    for left, right in ((a, b), (teacher_a, teacher_b)):
-        if left is not None:
-            alignment, mass = align(Labelled(z, others, left, right, self_offset))
-            likelihood = torch.addcmul(alignment * scale, mass, lse.to(mass.dtype), value=-1)
-            if partner is not None:
-                likelihood = logsigmoid(likelihood)
-            results.append(torch.stack([likelihood, mass, alignment]).to(z.dtype))
+    for labels in _labels(a, b, teacher_a, teacher_b, are_numbers=are_numbers):
+        alignment, mass = align(labelled(z, others, labels, self_offset))
+        likelihood = torch.addcmul(alignment * scale, mass, lse.to(mass.dtype), value=-1)
+        if partner is not None:
+            likelihood = logsigmoid(likelihood)
+        results.append(torch.stack([likelihood, mass, alignment]).to(z.dtype))
     found = torch.stack(results, 1)
     return found[0].clone(), found[1].clone(), found[2].clone(), *kept
 
@@ -101,6 +101,7 @@ def _fake(
     b: Tensor | None,
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
+    are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
     normalize: bool,
@@ -120,7 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     anchors, contrasts, scale, *saved = ctx.saved_tensors
     labels, kept = saved[:4], saved[4:]
     wanted = list(ctx.needs_input_grad[:3])
@@ -128,7 +129,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         results = _linear_grad(grad, anchors, contrasts, scale, labels, kept, *ctx.options, wanted)
     message = no_second_derivative(ctx.options[-1])
     grads = [only_once(x, message, kept[0]) if want else None for x, want in zip(results, wanted, strict=True)]
-    return *grads, *[None] * 9
+    return *grads, *[None] * 10
 
 
 def _grad_kernel(
@@ -138,6 +139,7 @@ def _grad_kernel(
     scale: Tensor,
     labels: list[Tensor | None],
     kept: list[Tensor],
+    are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
     normalize: bool,
@@ -158,15 +160,20 @@ def _grad_kernel(
         # The log-sum-exp depends on scale through scale * z only; in a self-contrast d_z holds both sides: count half.
         of_pairs = (z * d_z).sum() / (2 * scale if others is None else scale)
         d_scale = (of_pairs + (grad * alignment).sum()).to(scale.dtype)
-    for u, left, right in zip(grad * scale, labels[::2], labels[1::2], strict=False):
-        assert left is not None
-        given = Labelled(z, others, left, right, self_offset)
+    for u, own in zip(grad * scale, _labels(*labels, are_numbers=are_numbers), strict=True):
+        given = labelled(z, others, own, self_offset)
         align_grad(u, None, given, (True, wanted[1], False, False), onto=(d_z, d_others))
     if normalize:
         unit_rows_grad(d_z, anchors, factor)
         if d_others is not None and contrasts is not None:
             unit_rows_grad(d_others, contrasts, other_factor)
     return d_z, anchors.new_empty(0) if d_others is None else d_others, d_scale
+
+
+def _labels(*both: Tensor | None, are_numbers: bool) -> list[ClassLabels | VectorLabels]:
+    """Labels, and a teacher's, from those of anchors and contrasts each."""
+    pairs = ((a, a if b is None else b) for a, b in zip(both[::2], both[1::2], strict=True) if a is not None)
+    return [ClassLabels(a, b, are_numbers) if a.dim() == 1 else VectorLabels(a, b) for a, b in pairs]
 
 
 def _unit(rows: Tensor | None, normalize: bool) -> tuple[Any, Any]:
@@ -185,7 +192,7 @@ def _grad_fake(
     return anchors.new_empty(anchors.shape), d_contrasts, scale.new_empty(() if wanted[2] else 0)
 
 
-_OPTIONS = "SymInt? self_offset, SymInt? partner, bool normalize, str precision, str backend"
+_OPTIONS = "bool are_numbers, SymInt? self_offset, SymInt? partner, bool normalize, str precision, str backend"
 _linear = define_operator(
     "linear",
     "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor a, Tensor? b, Tensor? teacher_a, Tensor? teacher_b, "

@@ -137,7 +137,7 @@ def test_class_numbers_are_equal_where_classes_are(dtype):
         left, right = class_numbers(ClassLabels(a, b))
         assert torch.equal(left[:, None] == right, a[:, None] == b)
         assert ((left >= 0) & (left < max(1, len(a)))).all()
-        assert ((right >= 0) & (right <= len(a))).all()
+        assert ((right >= 0) & (right <= max(1, len(a)))).all()
 
 
 # The ways to sum over label vectors

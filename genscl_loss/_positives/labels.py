@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from genscl_loss._library import matmul
 from genscl_loss._unit import unit_rows
@@ -59,7 +60,7 @@ def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtyp
 
 
 def class_numbers(labels: ClassLabels) -> tuple[Tensor, Tensor]:
-    """Classes as integers: those of anchors in [0, A), those of contrasts in [0, A], A if no anchor has it.
+    """Classes as numbers: those of anchors from zero, those of contrasts the same, or one more if no anchor has it.
 
     By sorting the anchors' alone, for contrasts may be many more. `torch.unique` would make the host wait for a device.
     """
@@ -68,12 +69,14 @@ def class_numbers(labels: ClassLabels) -> tuple[Tensor, Tensor]:
         return a, b
     left = _searchable(a)
     values = left.sort().values
-    numbers = torch.searchsorted(values, left)  # the place of the first one that is equal
+    # How many classes come before each place, and before the end.
+    number = pad((values[1:] != values[:-1]).long(), (1, 1), value=1).cumsum(0) - 1
     if b is a:
-        return numbers, numbers
+        same = number[torch.searchsorted(values, left)]
+        return same, same
     right = _searchable(b)
     first, last = torch.searchsorted(values, right), torch.searchsorted(values, right, right=True)
-    return numbers, first.masked_fill(first == last, a.shape[0])
+    return number[torch.searchsorted(values, left)], torch.where(first == last, number[-1], number[first])
 
 
 def _searchable(classes: Tensor) -> Tensor:

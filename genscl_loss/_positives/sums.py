@@ -27,7 +27,7 @@ _CHUNK = 2**18  # numbers of a part of a matrix on CPU, where it stays in cache 
 _CHUNK_ELSEWHERE = 2**20  # where launches cost more (8 MiB)
 _FEWEST = 256  # rows of a part, however wide: products of fewer are slow
 _FEWEST_COLUMNS = 16  # of a part
-_TABLE = 2**20  # numbers of sums by class number that exist at a time
+_TABLE = 2**19  # numbers of sums by class number that exist at a time
 _BLOCK = 256  # rows that are added up one after the other
 FLOAT64_COSTS = 3.0  # times what float32 does, in products on a CPU; on a GPU that is fast at both, one
 ALL = slice(None)
@@ -90,9 +90,10 @@ def by_class(weights: Weights, x: Matrix) -> Sums:
     """Sums for class numbers."""
     left, right = weights.left, weights.right
     width = max(left.width, right.width)
-    for cols in slices(x.columns, max(_FEWEST_COLUMNS, _TABLE // width)):
-        step = chunk(cols.stop - cols.start, x.device)
+    copies = x.part(slice(0, 0), slice(0, 1)).shape[1]  # of each column
+    for cols in slices(x.columns, max(_FEWEST_COLUMNS, _TABLE // (copies * width))):
         none = x.part(slice(0, 0), cols)
+        step = chunk(none.shape[1], x.device)
         total = none.new_zeros(width, none.shape[1])
         for rows in slices(right.rows, step):
             _add_by_class(total, right.numbers[rows], x.part(rows, cols))
