@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genscl_loss._checks import check_tensor, check_values, kind, may_look_at
+from genscl_loss._checks import check_tensor, check_values, extremes, kind, may_look_at
+from genscl_loss._choices import CONTRAST_MODES
 from genscl_loss._positives import ClassLabels, Labels, Similarity, VectorLabels
-
-CONTRAST_MODES = ("all", "one", "first")
 
 
 @dataclass(frozen=True)  # not a tuple: `torch.compile` finds no properties of those before torch 2.10
@@ -50,7 +49,9 @@ class Batch:
 
     @property
     def num_contrasts(self) -> int:
-        """Contrasts that each anchor sees."""
+        """Contrasts that each anchor sees; none if there is no anchor."""
+        if self.anchors.shape[0] == 0:
+            return 0
         return self.num_contrast_rows - (0 if self.self_offset is None else 1)
 
 
@@ -68,12 +69,15 @@ def make_batch(
     normalize: bool,
 ) -> Batch:
     """Check the arguments of `gen_supcon_loss` and bring them into canonical form."""
-    if contrast_mode not in CONTRAST_MODES:
+    if not isinstance(contrast_mode, str) or contrast_mode not in CONTRAST_MODES:
         raise ValueError(
             f'contrast_mode must be "all", "one" (view 0 against view 1) or "first" (view 0 against all views, '
             f'which SupContrast calls "one"); got {contrast_mode!r}'
         )
     views = _Views.of(features, contrast_mode, contrast_features)
+    if normalize:
+        _check_not_signs(features)
+    _check_not_a_view(features, labels)
     if label_similarity is not None:
         if labels is not None or contrast_labels is not None:
             raise ValueError("label_similarity replaces labels and contrast_labels: give one or the other")
@@ -130,10 +134,15 @@ class _Views:
         return self.num_anchor_views * self.num_samples
 
     @property
+    def num_contrast_views(self) -> int:
+        """Views among the contrasts; a contrast set of its own counts as one."""
+        return 1 if self.contrast_features is not None else len(self.features[self.contrast_views])
+
+    @property
     def num_contrast_rows(self) -> int:
         if self.contrast_features is not None:
             return self.contrast_features.shape[0]
-        return len(self.features[self.contrast_views]) * self.num_samples
+        return self.num_contrast_views * self.num_samples
 
     @property
     def partner(self) -> int | None:
@@ -145,7 +154,7 @@ class _Views:
     @property
     def are_self_contrast(self) -> bool:
         """Whether anchors and contrasts are the same rows."""
-        return self.self_offset is not None and self.num_anchors == self.num_contrast_rows
+        return self.self_offset is not None and self.num_anchor_views == self.num_contrast_views
 
     @property
     def device(self) -> torch.device:
@@ -194,23 +203,51 @@ def _stack(views: Sequence[Tensor]) -> Tensor:
 
 
 def _split_views(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    # No samples are a batch like any other: that of a process, or of a mask, that happens to have none.
     expected = "features must be (N, D), (N, V, ...) or a sequence of V tensors (N, D)"
     if isinstance(features, Tensor):
-        if features.dim() < 2 or features.numel() == 0:
-            raise ValueError(f"{expected}, none of the sizes zero; got shape {tuple(features.shape)}")
+        check_tensor("features", features)
+        if features.dim() < 2 or 0 in features.shape[1:]:
+            raise ValueError(f"{expected}, V and D at least 1; got shape {tuple(features.shape)}")
         views = (features,) if features.dim() == 2 else features.flatten(2).unbind(1)
     elif isinstance(features, (tuple, list)) and all(isinstance(view, Tensor) for view in features):
         views = tuple(features)
-        if not views or any(view.dim() != 2 or view.shape != views[0].shape or not view.numel() for view in views):
+        for view in views:
+            check_tensor("features", view, views[0].device)
+        if not views or any(view.dim() != 2 or view.shape != views[0].shape or not view.shape[1] for view in views):
             shapes = [tuple(view.shape) for view in views]
-            raise ValueError(f"{expected}, all of one shape and none of the sizes zero; got shapes {shapes}")
+            raise ValueError(f"{expected}, all of one shape, V and D at least 1; got shapes {shapes}")
     else:
         raise TypeError(f"{expected}; got {kind(features)}")
     for view in views:
-        check_tensor("features", view, views[0].device)
         if not view.is_floating_point():
             raise TypeError(f"features must be floating-point; got {view.dtype}")
     return views
+
+
+def _check_not_signs(features: Tensor | Sequence[Tensor]) -> None:
+    """Refuse views of one number each, which unit length leaves nothing but a sign of: most likely a pooled map."""
+    if (
+        isinstance(features, Tensor)
+        and features.dim() > 2
+        and features.shape[1] > 1
+        and all(size == 1 for size in features.shape[2:])
+    ):
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} would be {features.shape[1]} views of one number, all 1 or -1 "
+            "once they are normalised; for a pooled map pass features.flatten(1), for such views features.unbind(1)"
+        )
+
+
+def _check_not_a_view(features: object, labels: object) -> None:
+    """Refuse a second view in the place of label vectors: nothing but its shape tells where values are not read."""
+    if not isinstance(features, Tensor) or not isinstance(labels, Tensor) or not labels.is_floating_point():
+        return
+    if labels.dim() == 2 and labels.shape == features.shape and labels.shape[1] > 1:
+        raise ValueError(
+            "labels has the shape of features: two views go into one argument, features=[view0, view1]; label vectors "
+            "of as many classes as there are features go in as a sequence of one, labels=[labels]"
+        )
 
 
 def _check_contrast_features(contrast_features: Tensor, view: Tensor) -> None:
@@ -246,12 +283,17 @@ def _labels(
     else:
         contrasts = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
     if anchors.dim() == 1:
-        left = anchors.detach()
-        return ClassLabels(left, left if contrasts is anchors else contrasts.detach())
+        left = _class_values(anchors)
+        return ClassLabels(left, left if contrasts is anchors else _class_values(contrasts))
     is_double = torch.float64 in (views.dtype, anchors.dtype, contrasts.dtype)
     dtype = torch.float64 if is_double else torch.float32
     left = anchors.to(dtype)
     return VectorLabels(left, left if contrasts is anchors else contrasts.to(dtype))
+
+
+def _class_values(labels: Tensor) -> Tensor:
+    """Integers of all types compare by value."""
+    return labels.detach() if labels.is_floating_point() else labels.to(torch.int64)
 
 
 def _paired_views(views: _Views) -> ClassLabels:
@@ -271,7 +313,7 @@ def _paired_views(views: _Views) -> ClassLabels:
     anchors = sample.repeat(views.num_anchor_views)
     if views.are_self_contrast:
         return ClassLabels(anchors, anchors, are_numbers=True)
-    return ClassLabels(anchors, sample.repeat(views.num_contrast_rows // views.num_samples), are_numbers=True)
+    return ClassLabels(anchors, sample.repeat(views.num_contrast_views), are_numbers=True)
 
 
 def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -> Sequence[Tensor]:
@@ -280,27 +322,21 @@ def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -
     # Messages are put together only to be raised: to print a size fixes it for `torch.compile`.
     expected = f"{name} must be (N,), (N, C), (N, V, C) or a sequence of V tensors (N,) or (N, C)"
     if isinstance(labels, Tensor):
+        _check_label_tensor(name, labels, v, views.device)
         if labels.dim() not in (1, 2, 3) or labels.shape[0] != n or (labels.dim() == 3 and labels.shape[1] != v):
             hint = _hint(labels.shape[0], n, v) if labels.dim() else ""
             raise ValueError(f"{expected}, with N = {n} and V = {v}; got shape {tuple(labels.shape)}{hint}")
-        per_view: Sequence[Tensor] = labels.unbind(1) if labels.dim() == 3 else [labels] * v
-        given: Sequence[Tensor] = [labels]
-    elif isinstance(labels, (tuple, list)) and all(isinstance(view, Tensor) for view in labels):
-        per_view = given = labels
-        if len(labels) != v or any(
-            y.dim() not in (1, 2) or y.shape[0] != n or y.shape != labels[0].shape for y in labels
-        ):
-            shapes = [tuple(y.shape) for y in labels]
-            raise ValueError(f"{expected}, with N = {n} and V = {v}; got {len(labels)} of shapes {shapes}")
-    else:
+        return labels.unbind(1) if labels.dim() == 3 else [labels] * v
+    if not isinstance(labels, (tuple, list)) or not all(isinstance(view, Tensor) for view in labels):
         raise TypeError(f"{expected}; got {kind(labels)}")
-    for tensor in given:
-        _check_label_tensor(name, tensor, views.device)
-        if tensor.dim() == 1 and tensor.dtype != given[0].dtype:  # 2^24 + 1 and 2^24 are one number in float32
-            raise TypeError(f"{name} must be of one dtype in all views; got {given[0].dtype} and {tensor.dtype}")
-    if isinstance(labels, Tensor) and labels.dim() == 2 and 1 < labels.shape[1] == v:
-        _check_no_class_numbers(name, labels)
-    return per_view
+    for tensor in labels:
+        _check_label_tensor(name, tensor, 1, views.device)
+        if tensor.dim() == 1 and not _are_comparable(tensor, labels[0]):
+            raise TypeError(f"{name} must be of one dtype in all views; got {labels[0].dtype} and {tensor.dtype}")
+    if len(labels) != v or any(y.dim() not in (1, 2) or y.shape[0] != n or y.shape != labels[0].shape for y in labels):
+        shapes = [tuple(y.shape) for y in labels]
+        raise ValueError(f"{expected}, with N = {n} and V = {v}; got {len(labels)} of shapes {shapes}")
+    return labels
 
 
 def _hint(num_labels: int, n: int, v: int) -> str:
@@ -310,47 +346,73 @@ def _hint(num_labels: int, n: int, v: int) -> str:
     if v > 1 and num_labels == v:
         return "; are the views first in features? They come second, features.transpose(0, 1)"
     if v == 1 and 1 < num_labels < n and n % num_labels == 0:
-        return f"; are views concatenated in features? Then pass features.chunk({n // num_labels})"
+        views = n // num_labels
+        return (
+            f"; are views in the rows of features? Pass features.chunk({views}) if each view is one block of rows, "
+            f"features.view({num_labels}, {views}, -1) if the views of a sample follow each other"
+        )
     return ""
 
 
-def _check_no_class_numbers(name: str, labels: Tensor) -> None:
-    """Integers (N, V) are most likely a class for each view; read as label vectors they would be silently wrong."""
-    if labels.is_floating_point() or labels.dtype == torch.bool or not may_look_at(labels):
-        return
-    # Of a one-hot row one entry is not like the others.
-    if labels.amax().item() > 1 or (bool((labels == labels[:, :1]).all()) and bool(labels.any())):
-        raise ValueError(
-            f"{name} of shape (N, V) and dtype {labels.dtype} would be read as label vectors; for class numbers of "
-            f"each view pass a sequence, {name}.unbind(1), for label vectors {name}.float()"
-        )
+def _check_label_tensor(name: str, labels: object, num_views: int, device: torch.device) -> Tensor:
+    """Classes (N,) or vectors (..., C) that can be read in one way only.
 
-
-def _check_label_tensor(name: str, labels: Tensor, device: torch.device) -> None:
-    check_tensor(name, labels, device)
-    if labels.dim() > 1 and labels.shape[-1] == 0:
+    Integers are vectors, multi-hot, if they are (N, C) with C not the number of views; whatever else they could mean is
+    refused by its shape, on every device.
+    """
+    labels = check_tensor(name, labels, device)
+    if labels.dim() < 2:
+        check_values(name, labels, signed=True)
+        return labels
+    shown, width = f"{name} of shape {tuple(labels.shape)} and dtype {labels.dtype}", labels.shape[-1]
+    if width == 0:
         raise ValueError(f"{name} has no classes; got shape {tuple(labels.shape)}")
-    if labels.dim() > 1 and labels.shape[-1] == 1 and not labels.is_floating_point():
+    if width == 1:
         raise ValueError(
-            f"{name} of shape (N, 1) and dtype {labels.dtype} could mean class numbers or label vectors of one class; "
-            f"use {name}.squeeze(-1) for class numbers, {name}.float() for label vectors"
+            f"{shown} could mean class numbers, or vectors of one class, which are all alike; use {name}.squeeze(-1) "
+            f"for class numbers, torch.nn.functional.pad({name}, (0, 1)).float() for vectors"
         )
-    check_values(name, labels, signed=labels.dim() == 1)
+    if labels.is_floating_point():
+        check_values(name, labels)
+        return labels
+    if labels.dim() > 2:
+        raise ValueError(
+            f"{shown} could mean class numbers or label vectors; for class numbers of pixels or tokens pass a row for "
+            f"each in features and {name}.flatten(), for label vectors of views {name}.float()"
+        )
+    if 1 < width == num_views:
+        raise ValueError(
+            f"{shown} could mean a class number of each view or label vectors; for class numbers pass a sequence, "
+            f"{name}.unbind(1), for label vectors {name}.float()"
+        )
+    check_values(name, labels)
+    if labels.dtype != torch.bool and labels.numel() and may_look_at(labels) and extremes(labels)[1] > 1:
+        raise ValueError(
+            f"{shown} must be 0 or 1; the largest entry is {extremes(labels)[1]}. For counts and weights pass "
+            f"{name}.float(), for class numbers of several levels the one_hot of each, side by side"
+        )
+    return labels
+
+
+def _are_comparable(labels: Tensor, others: Tensor) -> bool:
+    """Integers are by value, whatever their types; 2^24 + 1 and 2^24 are one number in float32."""
+    if labels.dtype == others.dtype:
+        return True
+    wide = torch.uint64 in (labels.dtype, others.dtype)
+    return not (labels.is_floating_point() or others.is_floating_point() or wide)
 
 
 def _check_contrast_labels(
     name: str, labels: Tensor | None, anchor_name: str, anchors: Tensor, views: _Views
 ) -> Tensor:
     expected = (views.num_contrast_rows, *anchors.shape[1:])
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {kind(labels)}")
+    labels = _check_label_tensor(name, labels, 1, views.device)
     if tuple(labels.shape) != expected:
         raise ValueError(
             f"{name} must have shape {expected}, as {anchor_name} and contrast_features ask for; "
             f"got {tuple(labels.shape)}"
         )
-    _check_label_tensor(name, labels, views.device)
-    if labels.dim() == 1 and labels.dtype != anchors.dtype:
+    if labels.dim() == 1 and not _are_comparable(labels, anchors):
         raise TypeError(f"{name} must have the dtype of {anchor_name}, {anchors.dtype}; got {labels.dtype}")
     return labels
 
@@ -365,7 +427,7 @@ def _similarity(weights: Tensor, views: _Views) -> Similarity:
         raise ValueError(f"{name} must be {full}, anchors by contrasts, or {tiled}, tiled over views; got {shape}")
     check_values(name, weights)
     if shape != full:
-        weights = weights.repeat(full[0] // tiled[0], full[1] // tiled[1] if tiled[1] else 1)
+        weights = weights.repeat(views.num_anchor_views, views.num_contrast_views)
     return Similarity(weights)
 
 

@@ -1,7 +1,9 @@
 """Checks of arguments: each error begins with the name of the argument and says what was expected and what came."""
 
+import difflib
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Real
@@ -79,38 +81,130 @@ def check_values(
         return
     if values.numel() == 0 or (signed and not values.is_floating_point()):
         return
-    values = values.detach()
-    if values.dtype not in _HAVE_EXTREMES:
-        values = values.double()
-    smallest, largest = (extreme.item() for extreme in values.aminmax())  # NaN if any entry is
+    smallest, largest = extremes(values)
     if not -math.inf < smallest <= largest < math.inf:
         raise ValueError(f"{name} has NaN or infinite entries")
     if not signed and (smallest <= 0 if positive else smallest < 0):
-        hint = "; label vectors are weights or probabilities: apply softmax to logits first" if "labels" in name else ""
+        hint = _negative_labels(values) if "labels" in name else ""
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}; the smallest entry is {smallest}{hint}")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """One of a few strings."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+def extremes(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest entry; NaN if any entry is."""
+    values = values.detach()
+    if values.dtype not in _HAVE_EXTREMES:
+        values = values.double()
+    smallest, largest = (extreme.item() for extreme in values.aminmax())
+    return smallest, largest
 
 
-def check_tensor(name: str, value: object, device: torch.device) -> None:
-    """A real, dense tensor on the device of the features."""
+def _negative_labels(vectors: Tensor) -> str:
+    """What negative entries of label vectors most likely are."""
+    if vectors.requires_grad:
+        return "; are these embeddings? Two views go into one argument, features=[view0, view1]"
+    if not vectors.is_floating_point():
+        return "; -1 or -100 for what is to be ignored is a class number, (N,): leave such rows out of all arguments"
+    return "; label vectors are weights or probabilities: apply softmax to logits first"
+
+
+def check_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """A real, dense tensor that is all here, on the device of the features."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {kind(value)}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be dense; got a nested tensor: torch.cat({name}.unbind()) puts its rows below each other"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be dense; got {value.layout}: {name}.to_dense() makes it so")
-    if value.device != device:
+    if type(value) is not Tensor and hasattr(value, "placements"):
+        raise TypeError(
+            f"{name} must be a tensor of one process; got a DTensor: pass {name}.full_tensor(), or "
+            f"{name}.to_local() of all that are sharded together with group="
+        )
+    if device is not None and value.device != device:
         raise ValueError(f"{name} must be on the device of features, {device}; got {value.device}")
     if value.is_complex():
         raise TypeError(f"{name} must be real; got {value.dtype}")
+    return value
+
+
+def unknown_arguments(
+    function: Callable[..., object],
+    more: tuple[object, ...],
+    unknown: Mapping[str, object],
+    options: Callable[..., object] | None = None,
+) -> TypeError:
+    """The error for arguments that a function does not have: it says where they go.
+
+    Args:
+        function: It takes features and labels by position, all else by name.
+        more: Positional arguments that came behind those two.
+        unknown: Arguments under names that it does not have.
+        options: Where some of these names belong instead.
+    """
+    if more:
+        return TypeError(
+            f"labels is the last argument by position; got {len(more)} more. Views go into one argument, "
+            "features=[view0, view1], a mask is label_similarity=, negatives are contrast_features="
+        )
+    name = next(iter(unknown))
+    known = _named(function)
+    if name in _ELSEWHERE:
+        hint = _ELSEWHERE[name]
+    elif options is not None and name in _named(options):
+        hint = "it is an option of the module, given when that is made"
+    elif close := difflib.get_close_matches(name, known, n=1):
+        hint = f"did you mean {close[0]}?"
+    else:
+        hint = f"there are {', '.join(known)}"
+    return TypeError(f"{name} is no argument here: {hint}")
+
+
+def _named(function: Callable[..., object]) -> list[str]:
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.name != "self" and parameter.kind not in several]
+
+
+# What other packages call it.
+_ELSEWHERE = {
+    "mask": "pass label_similarity=mask",
+    "ref_emb": "pass contrast_features=",
+    "ref_labels": "pass contrast_labels=",
+    "indices_tuple": "pass label_similarity=, one weight for each pair",
+    "positive_key": "pass the two views as features=[query, positive_key]",
+    "negative_keys": "pass contrast_features=",
+    "weight": "pass sample_weight=, one number for each sample",
+    "n_views": "the number of views is that of features, (N, V, D)",
+}
 
 
 def kind(value: object) -> str:
     """What to call a value of the wrong type, and how to make a tensor of it."""
     name = type(value).__name__
     if name == "ndarray":
-        return f"{name}: torch.from_numpy makes a tensor of it"
-    return f"{name}: torch.tensor makes a tensor of it" if isinstance(value, (list, tuple)) else name
+        return f"{name}: torch.from_numpy makes a tensor of it" if _becomes_tensor(value) else f"{name}, {_NUMBER}"
+    if not isinstance(value, (list, tuple)) or not value:
+        return name
+    kinds = {type(entry).__name__ for entry in value}
+    if all(isinstance(entry, Tensor) for entry in value):
+        return f"{name} of tensors: torch.cat, or torch.stack, makes one tensor of them"
+    if kinds == {"ndarray"}:
+        return f"{name} of arrays: torch.from_numpy makes a tensor of each"
+    if kinds == {"str"}:
+        return f"{name} of strings, {_NUMBER}"
+    if _becomes_tensor(value):
+        return f"{name}: torch.tensor makes a tensor of it"
+    return f"{name} of {', '.join(sorted(kinds))}"
+
+
+_NUMBER = "which have to be numbered: numpy.unique(names, return_inverse=True)[1] does that"
+
+
+def _becomes_tensor(value: object) -> bool:
+    try:
+        torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True

@@ -30,16 +30,26 @@ class Members(NamedTuple):
     device: torch.device  # where small numbers are exchanged
 
     @staticmethod
+    def check(group: object) -> None:
+        """Check what is to be a group later: all processes need not be there yet."""
+        if not (isinstance(group, str) and group == "world"):
+            Members.of(group)
+
+    @staticmethod
     def of(group: object) -> "Members":
         """Check a group without communicating: what is wrong here is wrong for this process alone."""
         if not dist.is_available():
             raise ValueError("group cannot be used: this build of torch has no torch.distributed")
+        if isinstance(group, str) and group == "world":
+            if not dist.is_initialized():
+                raise ValueError('group="world" needs torch.distributed.init_process_group() before the first call')
+            group = dist.group.WORLD
         if group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group does not contain this process")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                f"group must be a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD after "
-                f"init_process_group(); got {type(group).__name__}"
+                f'group must be "world", for all processes, or a torch.distributed.ProcessGroup; got '
+                f"{repr(group) if isinstance(group, str) else type(group).__name__}"
             )
         try:
             backends = dist.get_backend_config(group)

@@ -77,7 +77,7 @@ def global_log_likelihoods(
     first = sum(counts[: members.rank])
     offset = None if batch.self_offset is None else first + batch.self_offset
     if sum(counts) == (offset is not None):
-        return no_log_likelihoods(z, scale, len(batch.all_labels))
+        return no_log_likelihoods(z, others, scale, len(batch.all_labels))
     is_mirrored = others is None and backend != "dense"
     every = _gather_contrasts(batch, z if others is None else others, counts, members, is_mirrored)
 
@@ -103,9 +103,11 @@ def global_log_likelihoods(
     return likelihoods
 
 
-def no_log_likelihoods(z: Tensor, scale: Tensor, num_labels: int) -> list[tuple[Tensor, Tensor]]:
-    """Where there is no contrast: 0 with a zero gradient, except that what is NaN stays NaN."""
+def no_log_likelihoods(z: Tensor, others: Tensor | None, scale: Tensor, num_labels: int) -> list[tuple[Tensor, Tensor]]:
+    """Where there is no anchor or no contrast: 0 with a zero gradient, except that what is NaN stays NaN."""
     zero = z.sum(1) * scale * 0
+    if others is not None:
+        zero = zero + others.sum() * 0
     return [(zero, zero.detach())] * num_labels
 
 

@@ -3,15 +3,25 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from genscl_loss import _linear as linear
-from genscl_loss._backends import BACKENDS, available_backends, choose, dense, float32_precision, row_lse
+from genscl_loss._backends import available_backends, choose, dense, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
-from genscl_loss._checks import check_choice, check_number, check_values, validate
+from genscl_loss._checks import check_number, check_tensor, check_values, may_look_at, unknown_arguments, validate
+from genscl_loss._choices import (
+    BACKENDS,
+    EMPTY_ANCHORS,
+    REDUCTIONS,
+    Backend,
+    ContrastMode,
+    EmptyAnchors,
+    Reduction,
+    check_choice,
+)
 from genscl_loss._distributed import Members, sum_over
 from genscl_loss._global import facts, global_log_likelihoods, no_log_likelihoods
 from genscl_loss._positives import Similarity, has_gradient, num_classes, positives, similarity_matrix
@@ -23,29 +33,28 @@ if TYPE_CHECKING:
 __all__ = ["available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
 
 _EPS = 1e-8  # of the paper's code: an anchor with this much positive mass or less has no positives
-_REDUCTIONS = ("mean", "sum", "none")
-_EMPTY_ANCHORS = ("zero", "ignore")
 
 
 def gen_supcon_loss(
     features: Tensor | Sequence[Tensor],
     labels: Tensor | Sequence[Tensor] | None = None,
-    *,
+    *more: NoReturn,
     label_similarity: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     base_temperature: float | None = 0.07,
-    contrast_mode: str = "all",
+    contrast_mode: ContrastMode = "all",
     contrast_features: Tensor | None = None,
     contrast_labels: Tensor | None = None,
     teacher_labels: Tensor | Sequence[Tensor] | None = None,
     contrast_teacher_labels: Tensor | None = None,
     teacher_weight: float = 1.0,
     sample_weight: Tensor | None = None,
-    empty_anchors: str = "zero",
+    empty_anchors: EmptyAnchors = "zero",
     normalize: bool = True,
-    reduction: str = "mean",
-    group: "ProcessGroup | None" = None,
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    group: "ProcessGroup | Literal['world'] | None" = None,
+    backend: Backend = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Cross-entropy between the similarity of (soft) labels and the similarity of embeddings: the loss of GenSCL.
 
@@ -72,7 +81,10 @@ def gen_supcon_loss(
             "unlabelled"); label vectors (N, C), not negative, rows of any length from 1e-18 to 1e19, a row of zeros
             meaning "unlabelled"; (N, V, C) or a sequence of V tensors (N,) or (N, C) where views have labels of their
             own. None: the views of a sample are its positives, or, with `contrast_features` of N rows, row n is the
-            positive of sample n. Integers (N, 1), and integers (N, V) that look like class numbers, are refused.
+            positive of sample n. What could be read in two ways is refused by its shape, and the message names both:
+            integers that are not (N,) or, multi-hot, (N, C) with C other than V; a single class, (N, 1); and vectors of
+            exactly the shape of 2-D features, which could be a second view: as a sequence, `[labels]`, they pass.
+        *more: Refused, with the name under which such an argument goes.
         label_similarity: w itself, instead of labels, not negative, not necessarily symmetric: (anchors, contrasts), or
             (N, N), or (N, M) with `contrast_features`, which is tiled over views. The entry of an anchor with itself
             is ignored, but has to be finite and not negative, too.
@@ -97,14 +109,16 @@ def gen_supcon_loss(
         normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row shorter than 1e-18
             counts as zero: it is similar to nothing. In float32 a row longer than 1e19 gives NaN.
         reduction: "mean" over anchors, "sum" or "none".
-        group: `torch.distributed` process group, such as `torch.distributed.group.WORLD`: the batch is then that of all
-            its processes, each of which passes its own share, of any size but zero. Anchors are this process's,
-            contrasts are everyone's, `contrast_features` included. All processes return the loss of the whole batch
-            ("none": the losses of their own anchors), and after the averaging of gradients by DDP or FSDP parameters
-            have the gradient of the whole batch. `label_similarity` cannot be combined with it.
+        group: "world", or a `torch.distributed` process group: the batch is then that of all its processes, each of
+            which passes its own share, of any size, zero too. Anchors are this process's, contrasts are everyone's,
+            `contrast_features` included. All processes return the loss of the whole batch ("none": the losses of their
+            own anchors), and after the averaging of gradients by DDP or FSDP parameters have the gradient of the whole
+            batch. "world" is looked up at each call; `torch.distributed.group.WORLD` is None until
+            `init_process_group()`, and None is this process alone. Not with `label_similarity`.
         backend: "auto", "dense" (an N x N matrix; twice differentiable), "tiled" (linear memory) or "triton" (linear
             memory, on NVIDIA GPUs, float32 or half precision, up to 1024 features). "auto" takes the fastest of those
             that can be used; with `group` never "dense".
+        **unknown: Refused, too.
 
     Returns:
         The loss, in nats times tau / tau_base, 0-dim, or (anchors,) in view-major order for "none"; float32, or float64
@@ -124,7 +138,7 @@ def gen_supcon_loss(
         >>> features = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> gen_supcon_loss(features, torch.tensor([0, 0, 1]), temperature=0.5)
         tensor(1.6593)
-        >>> soft = torch.tensor([[1.0, 0.0], [0.7, 0.3], [0.0, 1.0]])
+        >>> soft = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.0, 1.0, 0.0]])
         >>> gen_supcon_loss(features, soft, temperature=0.5, reduction="none")
         tensor([1.3136, 4.5215, 1.8806])
 
@@ -134,10 +148,12 @@ def gen_supcon_loss(
     """
 
     def prepare() -> _Problem:
+        if more or unknown:
+            raise unknown_arguments(gen_supcon_loss, more, unknown)
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize must be a bool; got {type(normalize).__name__}")
-        check_choice("reduction", reduction, _REDUCTIONS)
-        check_choice("empty_anchors", empty_anchors, _EMPTY_ANCHORS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("empty_anchors", empty_anchors, EMPTY_ANCHORS)
         check_choice("backend", backend, BACKENDS)
         batch = make_batch(
             features,
@@ -203,6 +219,7 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
         problem = prepare()
         batch = problem.batch
         backend = choose(problem.backend, batch.anchors, batch.num_contrasts, may_be_dense=False)
+        precision = _precision(batch)
         agreed = {name: _told(value) for name, value in problem.options.items()}
         agreed |= facts(batch) | {"backend": backend}
         sizes = batch.anchors.shape[0], batch.num_contrast_rows
@@ -210,9 +227,7 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
         members.refuse(error)
         raise
     num_anchors, counts = zip(*members.agree(agreed, *sizes), strict=True)
-    likelihoods = global_log_likelihoods(
-        batch, problem.scale, members, counts, precision=_precision(batch), backend=backend
-    )
+    likelihoods = global_log_likelihoods(batch, problem.scale, members, counts, precision=precision, backend=backend)
     return _total(problem, likelihoods, sum(num_anchors), members)
 
 
@@ -291,7 +306,7 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     if backend == "dense" or batch.num_contrasts == 0:
         z, others = unit_pair(anchors, contrasts, batch.normalize)
         if batch.num_contrasts == 0:
-            return no_log_likelihoods(z, scale, len(batch.all_labels))
+            return no_log_likelihoods(z, others, scale, len(batch.all_labels))
         if batch.partner is not None:
             return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
         log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
@@ -338,7 +353,7 @@ def _partners(contrasts: Tensor, first: int, count: int) -> Tensor:
 
 
 def _precision(batch: Batch) -> str:
-    return "high" if batch.half else float32_precision()
+    return "high" if batch.half else float32_precision(batch.anchors.device.type)
 
 
 def _loss_of(likelihood: Tensor) -> Tensor:
@@ -351,23 +366,23 @@ def _loss_of(likelihood: Tensor) -> Tensor:
 
 def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, members: Members | None) -> Tensor:
     """Weigh the losses, reduce over those that count, and multiply what is then fewest by the factor."""
-    factor = problem.factor
-    weight = None if problem.batch.sample_weight is None else problem.batch.sample_weight.to(loss.dtype)
+    factor, dtype, weight = problem.factor, loss.dtype, problem.batch.sample_weight
     if weight is not None:
+        weight = weight.to(torch.promote_types(weight.dtype, dtype))  # of float64, where 1e-50 is a weight
         loss = loss * weight
     if problem.reduction == "none":
-        return loss * factor
+        return (loss * factor).to(dtype)
     if problem.reduction == "mean" and problem.empty_anchors == "ignore":
-        counts = (mass.detach() > _EPS).to(loss.dtype)
+        counts = (mass.detach() > _EPS).to(dtype)
         loss = loss * counts  # a product, not a choice: what is NaN stays NaN
         weight = counts if weight is None else weight * counts
     total = _sum(loss, members)
     if problem.reduction == "sum":
-        return total * factor
+        return (total * factor).to(dtype)
     if weight is None:
-        return total * (factor / num_anchors)
+        return total * (factor / (num_anchors or 1))
     weights = _sum(weight, members)
-    return total * factor / torch.where(weights > 0, weights, 1)
+    return (total * factor / torch.where(weights > 0, weights, 1)).to(dtype)
 
 
 def _sum(x: Tensor, members: Members | None) -> Tensor:
@@ -383,8 +398,7 @@ def _scale_and_factor(
     if base is not None and base < smallest:
         raise ValueError(f"base_temperature is too small to compute with in {anchors.dtype}; got {base}")
     if isinstance(temperature, Tensor):
-        if temperature.layout != torch.strided:
-            raise TypeError(f"temperature must be dense; got {temperature.layout}")
+        check_tensor("temperature", temperature)
         if temperature.dim() != 0:
             raise ValueError(f"temperature must be a number or a 0-dim tensor; got shape {tuple(temperature.shape)}")
         if not temperature.is_floating_point():
@@ -392,11 +406,17 @@ def _scale_and_factor(
         if temperature.device not in (torch.device("cpu"), anchors.device):
             raise ValueError(f"temperature must be on the device of features or the CPU; got {temperature.device}")
         check_values("temperature", temperature, positive=True)
+        if may_look_at(temperature):
+            _check_computable(float(temperature.detach()), smallest, anchors)
         temperature = temperature.to(anchors.dtype)
         return temperature.reciprocal(), 1.0 if base is None else temperature.detach() / base
     temperature = check_number("temperature", temperature, positive=True)
+    _check_computable(temperature, smallest, anchors)
     # On the CPU, wherever the features are: 0-dim CPU tensors go with tensors of any device and are free to read.
-    if temperature < smallest:
-        raise ValueError(f"temperature is too small to compute with in {anchors.dtype}; got {temperature}")
     scale = torch.full((), 1 / temperature, dtype=anchors.dtype, device="cpu")
     return scale, 1.0 if base is None else temperature / base
+
+
+def _check_computable(temperature: float, smallest: float, anchors: Tensor) -> None:
+    if temperature < smallest:
+        raise ValueError(f"temperature is too small to compute with in {anchors.dtype}; got {temperature}")

@@ -16,7 +16,7 @@ from numbers import Integral
 import torch
 from torch import Generator, Tensor
 
-from genscl_loss._checks import check_number
+from genscl_loss._checks import check_number, kind, may_look_at
 
 
 def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: float = 0.1) -> Tensor:
@@ -77,7 +77,8 @@ def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Raises:
         TypeError: `logits` is not a floating point tensor, or `temperature` not a number.
-        ValueError: `logits` is a scalar, or `temperature` not positive and finite.
+        ValueError: `logits` is a scalar, or looks like probabilities (checked on CPU only, as it would make an
+            accelerator wait), or `temperature` is not positive and finite.
 
     Example:
         >>> import torch
@@ -93,8 +94,21 @@ def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
     check_number("temperature", temperature, positive=True)
     scores = logits.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
+    _check_not_probabilities(scores, logits.dtype)
     scores = scores - scores.amax(-1, keepdim=True)  # which a small temperature would turn into infinity
     return torch.softmax(scores / temperature, dim=-1)
+
+
+def _check_not_probabilities(scores: Tensor, given: torch.dtype) -> None:
+    """Refuse what is a softmax already; a second one would flatten it to almost nothing."""
+    if scores.shape[-1] < 2 or scores.numel() == 0 or not may_look_at(scores):
+        return
+    rounding = 4 * scores.shape[-1] ** 0.5 * torch.finfo(given).eps
+    if bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() <= max(rounding, 1e-5)).all()):
+        raise ValueError(
+            "logits has rows that sum to one, like probabilities: pass those to the loss as they are, or "
+            "logits.log() here, which gives them back and lets a temperature spread them"
+        )
 
 
 def mixup(
@@ -274,7 +288,8 @@ def _one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
     if indices.device.type == "cpu" and indices.numel() > 0 and not torch.compiler.is_compiling():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must be class indices in [0, {num_classes}); got {low} to {high}")
+            hint = "; a row of zeros in label vectors (N, C) says that a sample has no label" if low < 0 else ""
+            raise ValueError(f"labels must be class indices in [0, {num_classes}); got {low} to {high}{hint}")
     return (indices[:, None] == torch.arange(num_classes, device=indices.device)).float()
 
 
@@ -346,7 +361,7 @@ def _symmetric_beta(alpha: float, uniform: Tensor) -> Tensor:
 
 def _check_tensor(name: str, value: Tensor, shape: str, least_ndim: int, *, floating: bool = False) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor; got {kind(value)}")
     if floating and not value.is_floating_point():
         raise TypeError(f"{name} must be floating-point; got {value.dtype}")
     if value.ndim < least_ndim:

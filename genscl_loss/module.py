@@ -3,13 +3,13 @@
 import inspect
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from genscl_loss._backends import BACKENDS
-from genscl_loss._checks import check_choice, check_number
+from genscl_loss._checks import check_number, unknown_arguments
+from genscl_loss._choices import BACKENDS, Backend, ContrastMode, EmptyAnchors, Reduction, check_choice
 from genscl_loss._distributed import Members
 from genscl_loss.functional import gen_supcon_loss
 
@@ -58,31 +58,31 @@ class GenSupConLoss(nn.Module):
     def __init__(
         self,
         temperature: float = 0.07,
-        contrast_mode: str = "all",
+        contrast_mode: ContrastMode = "all",
         base_temperature: float | None = 0.07,
         *,
         teacher_weight: float = 1.0,
-        empty_anchors: str = "zero",
+        empty_anchors: EmptyAnchors = "zero",
         normalize: bool = True,
-        reduction: str = "mean",
-        group: "ProcessGroup | None" = None,
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        group: "ProcessGroup | Literal['world'] | None" = None,
+        backend: Backend = "auto",
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__()
-        self.contrast_mode = contrast_mode
+        self.contrast_mode: ContrastMode = contrast_mode
         self.base_temperature = base_temperature
         self.teacher_weight = teacher_weight
-        self.empty_anchors = empty_anchors
+        self.empty_anchors: EmptyAnchors = empty_anchors
         self.normalize = normalize
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
         self._group = _Kept(None)
-        self.backend = "auto"
+        self.backend: Backend = "auto"
         self.log_temperature: nn.Parameter | None = None
         self._temperature = _fixed(temperature)
         # Any wrong option shows now, not in the first step of training: the function is the judge. By name, since a
         # subclass may have a `forward` of its own.
-        GenSupConLoss.forward(self, torch.zeros(2, 2, 1, device="cpu"))
+        GenSupConLoss.forward(self, torch.zeros(2, 2, 2, device="cpu"))
         check_choice("backend", backend, BACKENDS)  # whether it can be used is for the device of the features to say
         self.backend = backend
         self.group = group
@@ -91,7 +91,13 @@ class GenSupConLoss(nn.Module):
                 raise ValueError(
                     f"temperature must be in [{_MIN_TEMPERATURE}, {_MAX_TEMPERATURE}] if learnable; got {temperature}"
                 )
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            self.log_temperature = nn.Parameter(torch.empty(()))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set a learnable temperature to the one given at first: what those do who make modules without memory."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self._temperature))
 
     @property
     def temperature(self) -> float | Tensor:
@@ -105,43 +111,48 @@ class GenSupConLoss(nn.Module):
         self._temperature = _fixed(value)
 
     @property
-    def group(self) -> "ProcessGroup | None":
+    def group(self) -> "ProcessGroup | Literal['world'] | None":
         """The processes that share the batch, which may be set."""
         return self._group.value
 
     @group.setter
-    def group(self, value: "ProcessGroup | None") -> None:
+    def group(self, value: "ProcessGroup | Literal['world'] | None") -> None:
         if value is not None:
-            Members.of(value)
+            Members.check(value)
         self._group = _Kept(value)
 
     def forward(
         self,
         features: Tensor | Sequence[Tensor],
         labels: Tensor | Sequence[Tensor] | None = None,
-        *,
+        *more: NoReturn,
         label_similarity: Tensor | None = None,
         contrast_features: Tensor | None = None,
         contrast_labels: Tensor | None = None,
         teacher_labels: Tensor | Sequence[Tensor] | None = None,
         contrast_teacher_labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> Tensor:
         """The loss of a batch; the tensors are those of `gen_supcon_loss`, and so are the errors.
 
         Args:
             features: (N, D), (N, V, ...) or a sequence of V tensors (N, D).
             labels: (N,), (N, C), (N, V, C), a sequence of V tensors, or None.
+            *more: Refused, with the name under which such an argument goes.
             label_similarity: (N, N) or (anchors, contrasts), instead of labels.
             contrast_features: (M, D).
             contrast_labels: (M,) or (M, C).
             teacher_labels: (N, C), (N, V, C) or a sequence of V tensors (N, C).
             contrast_teacher_labels: (M, C).
             sample_weight: (N,) or (N, V).
+            **unknown: Refused, too.
 
         Returns:
             0-dim, or (anchors,) with reduction "none".
         """
+        if more or unknown:
+            self._refuse(more, unknown)
         if self.log_temperature is not None and self.training:
             # Through `data`: an earlier forward pass of the same step, which saw the same value, stays differentiable.
             self.log_temperature.data.clamp_(*_LOG_RANGE)
@@ -165,11 +176,27 @@ class GenSupConLoss(nn.Module):
             backend=self.backend,
         )
 
+    def _refuse(self, more: tuple[object, ...], unknown: dict[str, NoReturn]) -> NoReturn:
+        try:
+            raise unknown_arguments(GenSupConLoss.forward, more, unknown, options=GenSupConLoss.__init__)
+        except TypeError as error:
+            if self.group is not None:
+                Members.of(self.group).refuse(error)
+            raise
+
+    if TYPE_CHECKING:
+        __call__ = forward  # torch leaves the arguments of a call open; type checkers see these
+
     def extra_repr(self) -> str:
         """The options that differ from their defaults, and the temperature."""
         parameters = inspect.signature(type(self).__init__).parameters.values()
-        temperature = self.temperature.item() if isinstance(self.temperature, Tensor) else self.temperature
-        shown = [f"temperature={temperature:g}"]
+        temperature = self.temperature
+        if not isinstance(temperature, Tensor):
+            shown = [f"temperature={temperature:g}"]
+        elif temperature.is_meta:  # a module that has no memory yet
+            shown = ["temperature=?"]
+        else:
+            shown = [f"temperature={temperature.item():g}"]
         for option in parameters:
             value = getattr(self, option.name, option.default)
             if option.name not in ("self", "temperature") and value != option.default:
@@ -180,16 +207,16 @@ class GenSupConLoss(nn.Module):
 class _Kept:
     """A process group inside a module: torch can neither copy nor pickle one."""
 
-    def __init__(self, value: "ProcessGroup | None") -> None:
+    def __init__(self, value: "ProcessGroup | Literal['world'] | None") -> None:
         self.value = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.value is not None:
+        if self.value is not None and self.value != "world":
             raise TypeError("group cannot be pickled: save state_dict(), or set criterion.group = None first")
-        return _Kept, (None,)
+        return _Kept, (self.value,)
 
 
 def _fixed(temperature: float) -> float:

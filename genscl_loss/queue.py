@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from genscl_loss._checks import check_values, kind
+from genscl_loss._checks import check_tensor, check_values, may_look_at
 from genscl_loss._distributed import Members, gather
+from genscl_loss._queue_state import DTYPES, State, pack, unpack
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,15 +26,22 @@ class FeatureQueue(nn.Module):
     stored, and make the loss NaN until newer rows replace them; inside `validate()` they are an error.
 
     The memory is no buffer, so that DDP, which would overwrite the buffers of all processes with those of the first,
-    leaves it alone. It is in `state_dict`, as a copy, with the position of the next row. `to`, `half` and the like move
-    and cast it: features and label vectors have one dtype, float32 at first. No method makes the host wait for a GPU,
-    except `enqueue` with a group whose only backend is NCCL. Use the queue outside of compiled functions and hand its
-    rows to them: the position changes with each call, and `torch.compile` would compile anew each time.
+    leaves it alone, and what averages models does not mix rows of different samples: the average keeps the queue that
+    it was copied with. In `state_dict` it is one tensor, a copy, with the position of the next row. The tensor is of
+    integers: what averages states copies such tensors whole, and a mixture would be refused when it is loaded.
+
+    `to`, `half` and the like move and cast the memory: features and label vectors have one dtype, float32 at first.
+    FSDP, which moves parameters and buffers only, does not: move the queue before. `to_empty` empties a queue that is
+    on meta; elsewhere call `reset` after it, as the rows have lost their values. Adding rows and taking them never
+    makes the host wait for a GPU, except `enqueue` with a group whose only backend is NCCL. Use the queue outside of
+    compiled functions and hand its rows to them: the position changes with each call, and `torch.compile` would compile
+    anew each time.
 
     Args:
         size: The number of rows that the queue holds.
         dim: D, the width of the features.
-        num_classes: C, if labels are label vectors (B, C). None: labels are class numbers (B,).
+        num_classes: C, if labels are label vectors (B, C). None: labels are class numbers (B,), or there are none, for
+            training without labels.
         group: Processes that share one queue: each enqueues rows of its own, all get those of all, in the order of
             their ranks, as if one process had enqueued everything. All must call `enqueue` equally often, with any
             number of rows, 0 too. Their queues are equal bit for bit. None: this process alone. Do not also pass such a
@@ -61,11 +69,25 @@ class FeatureQueue(nn.Module):
         >>> len(queue), queue.labels
         (6, tensor([1, 2, 0, 1, 1, 2]))
 
+        Without labels the key of a sample is its positive, and the queue holds negatives:
+
+        >>> queue = FeatureQueue(size=6, dim=16)
+        >>> for step in range(3):
+        ...     queries, keys = torch.randn(4, 16), torch.randn(4, 16)
+        ...     contrasts = torch.cat([keys, queue.features])
+        ...     positives = torch.eye(4, len(contrasts))
+        ...     loss = criterion(queries, label_similarity=positives, contrast_features=contrasts)
+        ...     queue.enqueue(keys)
+        >>> len(queue)
+        6
+
     References:
         - He et al., "Momentum Contrast for Unsupervised Visual Representation Learning",
           https://arxiv.org/abs/1911.05722
         - Kim et al., "Generalized Supervised Contrastive Learning", https://arxiv.org/abs/2206.00384
     """
+
+    _labelled = True  # for queues that the first version pickled
 
     def __init__(
         self, size: int, dim: int, num_classes: int | None = None, *, group: "ProcessGroup | None" = None
@@ -75,15 +97,17 @@ class FeatureQueue(nn.Module):
         self.dim = _positive("dim", dim)
         self.num_classes = None if num_classes is None else _positive("num_classes", num_classes)
         if group is not None:
-            Members.of(group)  # what is wrong with it shows here, not in the first step of training
+            Members.check(group)  # what is wrong with it shows here, not in the first step of training
         self.group = group
-        self._features = torch.zeros(self.size, self.dim, dtype=torch.float32)
-        self._labels = torch.zeros(self.size, dtype=torch.int64)
-        if self.num_classes is not None:
-            self._labels = torch.zeros(self.size, self.num_classes, dtype=torch.float32)
-        # Numbers of the host: slices that depend on them wait for no device.
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it
+            self._features = torch.zeros(self.size, self.dim, dtype=torch.float32)
+            self._labels = torch.zeros(self.size, dtype=torch.int64)
+            if self.num_classes is not None:
+                self._labels = torch.zeros(self.size, self.num_classes, dtype=torch.float32)
+        # Of the host: slices that depend on them wait for no device.
         self._count = 0  # rows that are filled
         self._next = 0  # where the next row goes; as long as the queue is not full, this is the count
+        self._labelled = True  # whether rows have labels; without rows the next ones decide
 
     @property
     def features(self) -> Tensor:
@@ -92,25 +116,29 @@ class FeatureQueue(nn.Module):
 
     @property
     def labels(self) -> Tensor:
-        """Their labels, (len,) in int64 or (len, C): a copy."""
+        """Their labels, (len,) in int64 or (len, C): a copy. A ValueError if they were enqueued without labels."""
+        if not self._labelled:
+            raise ValueError("labels: the rows of this queue have none, they were enqueued without labels")
         return self._oldest_first(self._labels)
 
     def __len__(self) -> int:
         """Rows so far, at most `size`."""
         return self._count
 
-    def enqueue(self, features: Tensor, labels: Tensor) -> None:
+    def enqueue(self, features: Tensor, labels: Tensor | None = None) -> None:
         """Add rows, in the place of the oldest ones if the queue is full. Of more than `size` rows the last are kept.
 
         Args:
             features: (B, D), floating-point, cast to the dtype of the queue. B may be 0.
             labels: Class numbers (B,), of any integer dtype, or label vectors (B, C), of any real dtype and not
                 negative, if the queue has `num_classes`. Class numbers are then refused, not turned into vectors: the
-                labels of the anchors that meet them in the loss have to be vectors too.
+                labels of the anchors that meet them in the loss have to be vectors too. None: rows without labels. All
+                rows have labels or none has, until `reset`.
 
         Raises:
-            ValueError: A shape, device or value is wrong. Values are looked at where `validate` says. With a group,
-                every process raises if one does, or if their queues differ in size, kind, dtype or number of rows.
+            ValueError: A shape, device or value is wrong, or labels are missing, or there where others have none.
+                Values are looked at where `validate` says. With a group, every process raises if one does, if labels
+                are missing on some, or if their queues differ in size, kind, dtype or number of rows.
             TypeError: A Python type or a dtype is wrong.
         """
         if self.group is None:
@@ -122,38 +150,46 @@ class FeatureQueue(nn.Module):
         except Exception as error:
             members.refuse(error)
             raise
-        counts = [count for (count,) in members.agree(self._facts(), len(features))]
+        counts = [count for (count,) in members.agree(self._facts(labels), len(features))]
         if max(counts) > 0:
-            self._store(gather(features, counts, members), gather(labels, counts, members))
+            every = gather(features, counts, members)
+            self._store(every, None if labels is None else gather(labels, counts, members))
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Forget all rows, and whether they had labels."""
         self._count = self._next = 0
+        self._labelled = True
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What `state_dict` saves: copies of the memory, the position of the next row and the number of rows."""
-        memory = {"features": self._features.clone(), "labels": self._labels.clone()}
-        return {**memory, "next": self._next, "count": self._count}
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` saves: one row of int64 on this queue's device, a copy of all that changes in a queue.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        First numbers, the sizes and the position of the next row among them, then the bits of features and labels.
+        """
+        return pack(self._state())
+
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
         """Take over what `get_extra_state` returned, on this queue's device and in its dtype.
 
+        A queue on meta moves to the device of the state. `load_state_dict` calls this, and errors then begin with the
+        key.
+
         Args:
-            state: Of a queue with the same sizes and the same kind of labels.
+            state: Of a queue with the same sizes and the same kind of labels, on any device and of any dtype. The
+                first version saved a dict, which is taken too.
 
         Raises:
             ValueError: It is of another queue, or of none; this one is then unchanged.
+            TypeError: It is no tensor.
         """
-        names = ("features", "labels", "next", "count")
-        if not isinstance(state, dict) or not all(name in state for name in names):
-            raise ValueError(f"state must be a dict of {', '.join(names)}, as a FeatureQueue saves it")
-        features, labels, position, count = (state[name] for name in names)
-        saved, own = (features.shape, labels.shape), (self._features.shape, self._labels.shape)
-        if saved != own:
-            raise ValueError(f"state is of a queue of {_describe(*saved)}; this one has {_describe(*own)}")
-        self._features.copy_(features)
-        self._labels.copy_(labels)
-        self._next, self._count = int(position), int(count)
+        if isinstance(state, Tensor) and state.is_meta and self._features.is_meta:
+            return  # nothing has values
+        saved = unpack(state, self._state())
+        if self._features.is_meta:
+            device = saved.features.device
+            self._features, self._labels = (torch.empty_like(x, device=device) for x in (self._features, self._labels))
+        self._features.copy_(saved.features)
+        self._labels.copy_(saved.labels)
+        self._next, self._count, self._labelled = saved.position, saved.rows, saved.labelled
 
     def extra_repr(self) -> str:
         """The sizes, and how many rows there are."""
@@ -171,69 +207,97 @@ class FeatureQueue(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureQueue":
         # What `to`, `half`, `cuda` and the like do to parameters and buffers.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._features, self._labels = fn(self._features), fn(self._labels)
+        with torch.inference_mode(False):
+            features, labels = fn(self._features), fn(self._labels)
+            if self.num_classes is None and labels.dtype != torch.int64:  # `type` casts integers too
+                labels = self._labels.to(labels.device)
+        if features.dtype not in DTYPES:
+            raise TypeError(f"dtype must be floating-point for the rows of a FeatureQueue; got {features.dtype}")
+        if self._features.is_meta and not features.is_meta:  # `to_empty`: rows on meta had no values to move
+            self.reset()
+        self._features, self._labels = features, labels
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # Only here is the key known, which errors have to name.
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *others)
+        except (TypeError, ValueError) as error:
+            error.args = (f"{prefix}_extra_state: {error}",)
+            raise
+
+    def _state(self) -> State:
+        return State(self._features, self._labels, self._next, self._count, self._labelled)
 
     def _oldest_first(self, memory: Tensor) -> Tensor:
         # A view would change under a backward pass that is still to come. Until the queue is full, row 0 is the oldest.
         return torch.cat([memory[self._next : self._count], memory[: self._next]])
 
-    def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _checked(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Rows and labels as they are stored, or the error that names the argument."""
-        for name, value in (("features", features), ("labels", labels)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor; got {kind(value)}")
-            if value.device != self._features.device:
-                raise ValueError(
-                    f"{name} must be on the device of the queue, {self._features.device}; got {value.device}"
-                )
+        self._check_tensor("features", features)
         if not features.is_floating_point():
             raise TypeError(f"features must be floating-point; got {features.dtype}")
         if features.dim() != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must be (B, D) with D = {self.dim}; got shape {tuple(features.shape)}")
         self._check_labels(labels, len(features))
         check_values("features", features, signed=True, only_if_asked=True)
-        check_values("labels", labels, signed=self.num_classes is None)
-        return features.detach().to(self._features.dtype), labels.detach().to(self._labels.dtype)
+        rows = features.detach().to(self._features.dtype)
+        return rows, None if labels is None else labels.detach().to(self._labels.dtype)
 
-    def _check_labels(self, labels: Tensor, count: int) -> None:
-        if self.num_classes is None:
-            if labels.is_floating_point() or labels.is_complex():
-                raise TypeError(f"labels must be class numbers, integers, without num_classes; got {labels.dtype}")
-            if tuple(labels.shape) != (count,):
-                raise ValueError(
-                    f"labels must be (B,) with B = {count} as in features; got shape {tuple(labels.shape)}"
-                )
+    def _check_tensor(self, name: str, value: object) -> None:
+        device = self._features.device
+        check_tensor(name, value, value.device if isinstance(value, Tensor) else device)
+        if isinstance(value, Tensor) and value.device != device:
+            call = "to_empty(device=...)" if device.type == "meta" else "to(...)"
+            raise ValueError(
+                f"{name} must be on the device of the queue, {device}; got {value.device}: queue.{call} moves the queue"
+            )
+
+    def _check_labels(self, labels: Tensor | None, count: int) -> None:
+        if labels is None:
+            if self.num_classes is not None:
+                raise ValueError("labels is missing: a queue with num_classes holds label vectors (B, C)")
+            if self._count and self._labelled:
+                raise ValueError("labels is missing: the rows in this queue have labels; queue.reset() forgets them")
             return
-        if labels.is_complex():
-            raise TypeError(f"labels must be real; got {labels.dtype}")
-        if tuple(labels.shape) != (count, self.num_classes):
+        if not self._labelled:
+            raise ValueError("labels must be left out: the rows in this queue have none; queue.reset() forgets them")
+        self._check_tensor("labels", labels)
+        if self.num_classes is None:
+            _check_class_numbers(labels, count)
+        elif tuple(labels.shape) != (count, self.num_classes):
             hint = "; torch.nn.functional.one_hot makes vectors of class numbers" if labels.dim() == 1 else ""
             raise ValueError(
                 f"labels must be (B, C) with B = {count} as in features and C = {self.num_classes}; "
                 f"got shape {tuple(labels.shape)}{hint}"
             )
+        check_values("labels", labels, signed=self.num_classes is None)
 
-    def _facts(self) -> dict[str, object]:
+    def _facts(self, labels: Tensor | None) -> dict[str, object]:
         """What makes queues of several processes one."""
         return {
             "size": self.size,
             "dim": self.dim,
             "num_classes": self.num_classes,
+            "labels": "missing" if labels is None else "given",
             "the dtype of the queue": self._features.dtype,
             "the device of the queue": self._features.device.type,
             "the rows in the queue": f"{self._count}, the next one at {self._next}",
         }
 
-    def _store(self, features: Tensor, labels: Tensor) -> None:
-        features, labels = features[-self.size :], labels[-self.size :]
-        count = len(features)
+    def _store(self, features: Tensor, labels: Tensor | None) -> None:
+        count = min(len(features), self.size)
         before_end = min(count, self.size - self._next)  # the others go on at the start
         for memory, rows in ((self._features, features), (self._labels, labels)):
-            memory[self._next : self._next + before_end] = rows[:before_end]
-            memory[: count - before_end] = rows[before_end:]
+            if rows is not None:
+                newest = rows[len(rows) - count :]
+                memory[self._next : self._next + before_end] = newest[:before_end]
+                memory[: count - before_end] = newest[before_end:]
         self._next = (self._next + count) % self.size
         self._count = min(self._count + count, self.size)
+        if count:
+            self._labelled = labels is not None
 
 
 def _positive(name: str, value: int) -> int:
@@ -244,6 +308,10 @@ def _positive(name: str, value: int) -> int:
     return int(value)
 
 
-def _describe(features: torch.Size, labels: torch.Size) -> str:
-    classes = labels[1] if len(labels) > 1 else None
-    return f"size {features[0]}, dim {features[1]} and num_classes {classes}"
+def _check_class_numbers(labels: Tensor, count: int) -> None:
+    if labels.is_floating_point():
+        raise TypeError(f"labels must be class numbers, integers, without num_classes; got {labels.dtype}")
+    if tuple(labels.shape) != (count,):
+        raise ValueError(f"labels must be (B,) with B = {count} as in features; got shape {tuple(labels.shape)}")
+    if labels.dtype == torch.uint64 and may_look_at(labels) and bool((labels.view(torch.int64) < 0).any()):
+        raise ValueError("labels must be below 2**63: the queue keeps them in int64")

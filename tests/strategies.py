@@ -127,8 +127,8 @@ def problems(
     mode = draw(st.sampled_from(modes))
     number = draw(st.integers(1, max_number))
     views = draw(st.integers(2 if kind == "none" or mode == "one" else 1, max_views))
-    dim = draw(st.integers(min_dim, 9))
-    classes = draw(st.integers(1, 5))
+    dim = draw(st.integers(min_dim if views == 1 else max(2, min_dim), 9))  # views of one number each are refused
+    classes = draw(st.integers(2, 5))
     seed = draw(seeds)
     features = random_features(number, views, dim, seed)
     if degenerate:
@@ -168,7 +168,7 @@ def set_problems(draw, *, max_number: int = 9) -> Problem:
     kind = draw(st.sampled_from(["none", "hard", "soft", "similarity"]))
     number = draw(st.integers(1, max_number))
     size = number if kind == "none" else draw(st.integers(0, max_number))
-    views, dim, classes = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 5))
+    views, dim, classes = draw(st.integers(1, 3)), draw(st.integers(2, 7)), draw(st.integers(2, 5))
     seed = draw(seeds)
     mode = draw(st.sampled_from(MODES))
     options = {

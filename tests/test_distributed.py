@@ -18,7 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genscl_loss import FeatureQueue, GenSupConLoss, _distributed, available_backends, collapsed_loss, gen_supcon_loss
 
-SIZES = {2: [(4, 4), (1, 5)], 3: [(3, 3, 3), (1, 6, 2)], 4: [(2, 2, 2, 2), (3, 1, 5, 1)]}
+SIZES = {
+    2: [(4, 4), (1, 5), (0, 6)],
+    3: [(3, 3, 3), (1, 6, 2), (4, 0, 1)],
+    4: [(2, 2, 2, 2), (3, 1, 5, 1), (0, 4, 0, 3)],
+}
 D_IN, D, C = 5, 7, 4
 
 
@@ -34,7 +38,7 @@ def batch_of(case: dict[str, Any], n: int, seed: int) -> dict[str, Any]:
     hard = torch.randint(C, (n,), generator=generator)
     batch: dict[str, Any] = {"inputs": torch.randn(n, views, D_IN, generator=generator, dtype=dtype)}
     alone = torch.arange(n) + 100 * seed  # most anchors without a positive anywhere
-    alone[0] = 0
+    alone[:1] = 0
     labels = {"hard": hard, "float": hard / 2 + 0.5, "soft": soft(n), "per view": soft(n, views), "alone": alone}.get(
         kind
     )

@@ -40,7 +40,7 @@ def test_its_sections_are_there_in_order(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_is_described_in_order(name):
-    described = re.findall(r"^    (\w+): ", sections(getattr(genscl_loss, name)).get("Args", ""), re.MULTILINE)
+    described = re.findall(r"^    \*{0,2}(\w+): ", sections(getattr(genscl_loss, name)).get("Args", ""), re.MULTILINE)
     assert described == parameters(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ ONE = F[:, 0]
 HARD = torch.tensor([0, 0, 1, 1])
 SOFT = torch.full((N, C), 0.2)
 W = torch.ones(N, N)
+PROJECTION = torch.linspace(-1, 1, N * C).reshape(N, C).requires_grad_()
 KEYS = torch.linspace(0.5, 2.0, 6 * D).cos().reshape(6, D)
 PAIRS = KEYS[:4]
 PAIRED = {"labels": SOFT, "contrast_features": PAIRS, "contrast_labels": SOFT}
 HARD_PAIRED = {"labels": HARD, "contrast_features": PAIRS, "contrast_labels": HARD}
 NAN, INF = float("nan"), float("inf")
+with warnings.catch_warnings(action="ignore"):  # torch says that nested tensors are a prototype
+    NESTED = torch.nested.nested_tensor([ONE, ONE[:2]])
+SMALL = torch.tensor(1e-39)
 EITHER = (TypeError, ValueError)  # where the contract leaves the type open
 
 
@@ -46,8 +51,10 @@ TABLE = [
     ("features complex", ONE.cfloat(), {"labels": HARD}, TypeError, "^features.*complex64"),
     ("features 0-dim", torch.tensor(1.0), {"labels": HARD}, ValueError, "^features"),
     ("features 1-D", torch.ones(N), {"labels": HARD}, ValueError, r"^features.*\(4,\)"),
-    ("features without samples", torch.ones(0, D), {"labels": HARD[:0]}, ValueError, "^features"),
-    ("features without samples, two views", torch.ones(0, 2, D), {}, ValueError, "^features"),
+    ("features a nested tensor", NESTED, {"labels": HARD[:2]}, TypeError, r"^features must be dense.*unbind\(\)"),
+    ("features a pooled map", torch.ones(N, 32, 1, 1), {"labels": HARD}, ValueError, r"^features .*flatten\(1\)"),
+    ("features a pooled signal", torch.ones(N, 32, 1), {"labels": HARD}, ValueError, r"^features .*flatten\(1\)"),
+    ("features a pooled map, no labels", torch.ones(N, 32, 1, 1), {}, ValueError, r"^features .*flatten\(1\)"),
     ("features without views", torch.ones(N, 0, D), {"labels": HARD}, ValueError, "^features"),
     ("features without columns", torch.ones(N, 0), {"labels": HARD}, ValueError, "^features"),
     ("features an empty tuple", (), {"labels": HARD}, ValueError, "^features"),
@@ -90,7 +97,22 @@ TABLE = [
     ("labels NaN, (N, V, C)", F, {"labels": spoil(torch.ones(N, V, C), NAN)}, ValueError, "^labels"),
     ("labels NaN, per view", F, {"labels": [SOFT, spoil(SOFT, NAN)]}, ValueError, "^labels"),
     ("labels negative int rows", ONE, {"labels": spoil(torch.ones(N, C).long(), -1)}, ValueError, "^labels"),
-    ("labels a column of class numbers", ONE, {"labels": HARD[:, None]}, ValueError, r"^labels.*\(N, 1\)"),
+    ("labels a column", ONE, {"labels": HARD[:, None]}, ValueError, r"^labels of shape \(4, 1\).*squeeze\(-1\).*pad"),
+    ("labels a float column", ONE, {"labels": HARD[:, None].float()}, ValueError, r"^labels.*squeeze\(-1\)"),
+    ("labels a column, per view", F, {"labels": torch.ones(N, V, 1)}, ValueError, r"^labels.*squeeze\(-1\)"),
+    ("labels columns of views", F, {"labels": [torch.ones(N, 1)] * V}, ValueError, r"^labels.*squeeze\(-1\)"),
+    ("labels of views in integers", F, {"labels": torch.eye(N).long()[:, :V]}, ValueError, r"^labels.*unbind\(1\)"),
+    ("labels of views in bools", F, {"labels": torch.eye(N)[:, :V] > 0}, ValueError, r"^labels.*unbind.*float\(\)"),
+    ("labels of pixels", ONE, {"labels": torch.ones(N, 3, 3).long()}, ValueError, r"^labels.*flatten\(\).*float\(\)"),
+    ("labels of views and classes", F, {"labels": torch.ones(N, V, C).long()}, ValueError, r"^labels.*float\(\)"),
+    ("labels of levels", ONE, {"labels": torch.tensor([[0, 1, 5]] * N)}, ValueError, "^labels.*0 or 1.*5.*one_hot"),
+    ("labels a second view", ONE, {"labels": ONE.abs()}, ValueError, r"^labels.*\[view0, view1\].*\[labels\]"),
+    ("labels a projection", ONE, {"labels": PROJECTION}, ValueError, r"^labels.*embeddings.*\[view0, view1\]"),
+    ("labels -100 in vectors", ONE, {"labels": torch.full((N, C), -100)}, ValueError, "^labels.*-100.*leave such rows"),
+    ("labels a list of strings", ONE, {"labels": ["a", "b", "a", "b"]}, TypeError, "^labels.*strings.*numpy.unique"),
+    ("labels an array of strings", ONE, {"labels": np.array(["a", "b"])}, TypeError, "^labels.*numpy.unique"),
+    ("labels a ragged list", ONE, {"labels": [[0, 1], [1]]}, TypeError, "^labels.*got list of list$"),
+    ("labels scalars in a list", ONE, {"labels": list(HARD)}, ValueError, "^labels"),
     ("labels on another device", ONE, {"labels": SOFT.to("meta")}, EITHER, "^labels.*device|^labels.*meta"),
     # label_similarity
     ("both labels and similarity", ONE, {"labels": HARD, "label_similarity": W}, ValueError, "^label"),
@@ -139,7 +161,8 @@ TABLE = [
     ("mode one, one view", ONE, {"labels": HARD, "contrast_mode": "one"}, ValueError, "^(contrast_mode|features)"),
     # the contrast set
     ("keys a numpy array", ONE, {"contrast_features": KEYS.numpy()}, TypeError, "^contrast_features"),
-    ("keys a tuple", ONE, {"contrast_features": (KEYS,)}, TypeError, "^contrast_features"),
+    ("keys a tuple", ONE, {"contrast_features": (KEYS,)}, TypeError, "^contrast_features.*torch.cat"),
+    ("keys a pooled map", ONE, {"contrast_features": KEYS[:, :, None, None]}, ValueError, "^contrast_features"),
     ("keys int", ONE, {"contrast_features": torch.ones(N, D).long()}, TypeError, "^contrast_features"),
     ("keys 1-D", ONE, {"contrast_features": KEYS[0]}, ValueError, "^contrast_features"),
     ("keys 3-D", ONE, {"contrast_features": KEYS[None]}, ValueError, "^contrast_features"),
@@ -262,7 +285,18 @@ TABLE = [
     ("backend unknown", ONE, {"labels": HARD, "backend": "cuda"}, ValueError, "^backend.*triton.*cuda"),
     ("backend None", ONE, {"labels": HARD, "backend": None}, EITHER, "^backend"),
     ("group of a wrong type", ONE, {"labels": HARD, "group": True}, TypeError, "^group.*ProcessGroup.*got bool"),
-    ("mask", ONE, {"mask": W}, TypeError, "unexpected keyword argument 'mask'"),
+    ("group another word", ONE, {"labels": HARD, "group": "all"}, TypeError, "^group.*world.*got 'all'"),
+    ("group before there is one", ONE, {"labels": HARD, "group": "world"}, ValueError, "^group.*init_process_group"),
+    ("mask", ONE, {"mask": W}, TypeError, "^mask .*label_similarity=mask"),
+    ("a typo", ONE, {"labells": HARD}, TypeError, "^labells .*did you mean labels"),
+    ("a name of its own", ONE, {"xyz": HARD}, TypeError, "^xyz .*features, labels, label_similarity"),
+    (
+        "temperature a tensor too small",
+        ONE,
+        {"labels": HARD, "temperature": SMALL},
+        ValueError,
+        "^temperature is too small",
+    ),
 ]
 
 
@@ -299,8 +333,19 @@ def test_the_table_starts_from_valid_calls(labels):
 
 
 def test_options_are_keyword_only():
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="^labels is the last argument by position"):
         gen_supcon_loss(ONE, HARD, 0.1)
+    with pytest.raises(TypeError, match="^labels is the last argument by position.*label_similarity="):
+        GenSupConLoss()(ONE, HARD, W)
+
+
+def test_the_module_says_where_unknown_arguments_go():
+    with pytest.raises(TypeError, match="^labells .*did you mean labels"):
+        GenSupConLoss()(ONE, labells=HARD)
+    with pytest.raises(TypeError, match="^mask .*label_similarity=mask"):
+        GenSupConLoss()(ONE, mask=W)
+    with pytest.raises(TypeError, match="^temperature .*option of the module"):
+        GenSupConLoss()(ONE, HARD, temperature=0.1)
 
 
 @pytest.mark.parametrize("mode", ["both", "One", "ALL", ""])
@@ -435,7 +480,8 @@ def test_everything_in_all_exists_and_nothing_is_missing():
 
 def test_defaults_are_the_contract():
     parameters = inspect.signature(gen_supcon_loss).parameters
-    assert {name: parameter.default for name, parameter in parameters.items() if name != "features"} == {
+    others = ("features", "more", "unknown")  # the last two are refused
+    assert {name: parameter.default for name, parameter in parameters.items() if name not in others} == {
         "labels": None,
         "label_similarity": None,
         "temperature": 0.07,
@@ -480,15 +526,52 @@ def test_the_module_refuses_wrong_options_when_it_is_made(options, exception, me
         GenSupConLoss(**options)
 
 
-def test_class_numbers_of_each_view_are_not_taken_for_label_vectors():
+def test_integers_are_classes_or_multi_hot_by_their_shape():
     features, classes = torch.randn(4, 2, 8), torch.tensor([[0, 0], [1, 1], [2, 2], [2, 2]])
-    with pytest.raises(ValueError, match=r"^labels of shape \(N, V\) .* labels.unbind\(1\)"):
-        gen_supcon_loss(features, classes)
     torch.testing.assert_close(gen_supcon_loss(features, classes.unbind(1)), gen_supcon_loss(features, classes[:, 0]))
-    with pytest.raises(ValueError, match=r"^labels of shape \(N, V\) .* labels.unbind\(1\)"):
-        gen_supcon_loss(features, classes.clamp(max=1))  # two classes, the same in both views
     for multi_hot in (torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]]), torch.zeros(4, 2, dtype=torch.long)):
-        torch.testing.assert_close(gen_supcon_loss(features, multi_hot), gen_supcon_loss(features, multi_hot.float()))
+        with pytest.raises(ValueError, match=r"^labels of shape \(4, 2\) .* labels.unbind\(1\)"):
+            gen_supcon_loss(features, multi_hot)
+        vectors = gen_supcon_loss(features, multi_hot.float())
+        torch.testing.assert_close(gen_supcon_loss(features, [multi_hot, multi_hot]), vectors)
+        one_view = gen_supcon_loss(features[:, 0], multi_hot.float())
+        torch.testing.assert_close(gen_supcon_loss(features[:, 0], multi_hot), one_view)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1), (4, 3, 3)])
+def test_shapes_of_integers_are_judged_without_their_values(shape):
+    features, labels = torch.ones(4, 2, 8, device="meta"), torch.ones(shape, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="^labels of shape .*could mean"):
+        gen_supcon_loss(features, labels)
+
+
+def test_every_refused_reading_has_a_way_through():
+    features, labels = torch.randn(6, 5), torch.rand(6, 5)
+    padded, similarity = torch.nn.functional.pad(labels, (0, 1)), torch.nn.functional.cosine_similarity
+    expected = gen_supcon_loss(features, label_similarity=similarity(labels[:, None], labels, dim=2))
+    torch.testing.assert_close(gen_supcon_loss(features, [labels]), expected)
+    torch.testing.assert_close(gen_supcon_loss(features, padded), expected)
+    column = torch.tensor([[1.0], [0.0], [1.0], [1.0], [0.0], [1.0]])  # of one class, or none
+    there = (column @ column.T > 0).float()
+    torch.testing.assert_close(
+        gen_supcon_loss(features, torch.nn.functional.pad(column, (0, 1))),
+        gen_supcon_loss(features, label_similarity=there),
+    )
+    signs = torch.randn(6, 4, 1)
+    assert gen_supcon_loss(signs.unbind(1)).isfinite()
+    assert gen_supcon_loss(signs, normalize=False).isfinite()
+    probabilities = torch.rand(6, 5).softmax(1)
+    torch.testing.assert_close(genscl_loss.teacher_labels(probabilities.log()), probabilities)
+
+
+def test_integers_of_any_type_compare_by_value():
+    features, labels = torch.randn(6, 5), torch.tensor([0, 1, 2, 1, 0, 2])
+    queue = {"contrast_features": torch.randn(3, 5), "contrast_labels": torch.arange(3)}
+    expected = gen_supcon_loss(features, labels, **queue)
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.int8):
+        assert torch.equal(gen_supcon_loss(features, labels.to(dtype), **queue), expected)
+    two = gen_supcon_loss([features, features.flip(0)], [labels, labels.flip(0)])
+    assert torch.equal(gen_supcon_loss([features, features.flip(0)], [labels.int(), labels.flip(0)]), two)
 
 
 def test_sparse_tensors_are_refused():
@@ -505,7 +588,7 @@ def test_likely_mistakes_get_a_hint():
         gen_supcon_loss(features.transpose(0, 1), torch.arange(6))
     with pytest.raises(ValueError, match="^labels .* give a label for each sample, not for each row"):
         gen_supcon_loss(features, torch.arange(12))
-    with pytest.raises(ValueError, match=r"^labels .* Then pass features.chunk\(2\)$"):
+    with pytest.raises(ValueError, match=r"^labels .*features.chunk\(2\) .* features.view\(6, 2, -1\)"):
         gen_supcon_loss(features.flatten(0, 1), torch.arange(6))
     with pytest.raises(ValueError, match=r"got shape \(5,\)$"):
         gen_supcon_loss(features, torch.arange(5))
@@ -526,12 +609,6 @@ def test_class_numbers_are_never_compared_after_rounding():
         )
     with pytest.raises(TypeError, match="^labels must be of one dtype in all views"):
         gen_supcon_loss((features, features), (torch.tensor([16777217, 0]), torch.tensor([16777216.0, 0.0])))
-
-
-@pytest.mark.parametrize("shape", [(4, 1), (4, 2, 1)])
-def test_one_column_of_integers_is_ambiguous(shape):
-    with pytest.raises(ValueError, match=r"^labels of shape \(N, 1\)"):
-        gen_supcon_loss(torch.randn(4, 2, 3), torch.ones(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn])

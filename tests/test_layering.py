@@ -16,12 +16,13 @@ ROOT = Path(genscl_loss.__file__).parent
 # Each module and the modules of the package that it may import. A new file gets a line here, or the tests fail.
 ARROWS = {
     "genscl_loss": {"module", "functional", "labels", "queue"},
-    "module": {"functional", "_backends", "_checks", "_distributed"},
+    "module": {"functional", "_checks", "_choices", "_distributed"},
     "functional": {
         "_batch",
         "_backends",
         "_backends.dense",
         "_checks",
+        "_choices",
         "_distributed",
         "_global",
         "_linear",
@@ -29,8 +30,8 @@ ARROWS = {
         "_unit",
     },
     "labels": {"_checks"},
-    "queue": {"_checks", "_distributed"},
-    "_batch": {"_positives", "_checks"},
+    "queue": {"_checks", "_distributed", "_queue_state"},
+    "_batch": {"_checks", "_choices", "_positives"},
     "_global": {"_backends", "_batch", "_distributed", "_library", "_positives", "_unit"},
     "_linear": {"_backends.operator", "_library", "_positives", "_unit"},
     "_positives": {"_positives.alignment", "_positives.labels", "_positives.operator"},
@@ -39,7 +40,7 @@ ARROWS = {
     "_positives.sums": {"_library"},
     "_positives.labels": {"_library", "_unit"},
     "_backends": {"_backends.choice", "_backends.dense", "_backends.operator"},
-    "_backends.choice": {"_backends.fused", "_backends.plans"},
+    "_backends.choice": {"_backends.fused", "_backends.plans", "_choices"},
     "_backends.operator": {"_backends.dense", "_backends.fused", "_backends.tiled", "_library"},
     "_backends.dense": {"_library"},
     "_backends.fused": {"_backends.kernels", "_backends.plans"},
@@ -48,8 +49,10 @@ ARROWS = {
     "_backends.tiled": {"_backends.products"},
     "_backends.products": set(),
     "_checks": set(),
+    "_choices": set(),
     "_distributed": set(),
     "_library": set(),
+    "_queue_state": set(),
     "_unit": set(),
 }
 

@@ -53,8 +53,7 @@ def assert_equal(left: FeatureQueue, right: FeatureQueue) -> None:
     assert len(left) == len(right)
     assert torch.equal(left.features, right.features)
     assert torch.equal(left.labels, right.labels)
-    one, other = left.get_extra_state(), right.get_extra_state()
-    assert (one["next"], one["count"]) == (other["next"], other["count"])
+    assert torch.equal(left.get_extra_state(), right.get_extra_state())
 
 
 # ------------------------------------------------------------------ one process
@@ -200,19 +199,26 @@ def test_a_missing_or_foreign_state_is_refused():
     queue = filled()
     with pytest.raises(RuntimeError, match='Missing key.*"_extra_state"'):
         queue.load_state_dict({})
-    for foreign in (None, {}, {"features": torch.zeros(5, DIM)}):
-        with pytest.raises(ValueError, match="state must be a dict of features, labels, next, count"):
+    assert queue.load_state_dict({}, strict=False).missing_keys == ["_extra_state"]
+    with pytest.raises(TypeError, match="^_extra_state: state must be what a FeatureQueue saves, .* got NoneType"):
+        queue.load_state_dict({"_extra_state": None})
+    for foreign in ({}, {"features": torch.zeros(5, DIM)}):
+        with pytest.raises(ValueError, match="^_extra_state: state must be a tensor.* features, labels, next, count"):
             queue.load_state_dict({"_extra_state": foreign})
     assert_equal(queue, filled())
 
 
-def test_reset_empties_it():
-    queue = filled()
+@pytest.mark.parametrize("labelled", [False, True])
+def test_reset_empties_it(labelled):
+    queue = FeatureQueue(5, DIM)
+    queue.enqueue(*batch(7, 0)[: 1 + labelled])
     queue.reset()
     assert len(queue) == 0
     assert queue.features.shape == (0, DIM)
+    assert queue.labels.shape == (0,)
     queue.enqueue(*batch(2, 3))
-    assert_equal(queue, (fresh := FeatureQueue(5, DIM), fresh.enqueue(*batch(2, 3)))[0])
+    for memory, rows in zip((queue.features, queue.labels), batch(2, 3), strict=True):
+        assert torch.equal(memory, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -241,12 +247,27 @@ def test_float64_rows_keep_their_digits():
     assert torch.equal(queue.features, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
+UNSIGNED = [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", [*SIGNED, *UNSIGNED])
 def test_class_numbers_of_any_integer_dtype(dtype):
     queue = FeatureQueue(4, DIM)
-    queue.enqueue(torch.zeros(2, DIM), torch.tensor([0, 1], dtype=dtype))
-    assert queue.labels.tolist() == [0, 1]
+    largest = 1 if dtype == torch.bool else min(torch.iinfo(dtype).max, 2**63 - 1)
+    smallest = torch.iinfo(dtype).min if dtype in SIGNED else 0
+    queue.enqueue(torch.zeros(1, DIM), torch.tensor([7]))
+    queue.enqueue(torch.zeros(2, DIM), torch.tensor([smallest, largest], dtype=dtype))
+    assert queue.labels.tolist() == [7, smallest, largest]
     assert queue.labels.dtype == torch.int64
+
+
+def test_a_class_number_that_int64_does_not_hold_is_refused():
+    queue = FeatureQueue(4, DIM)
+    labels = torch.tensor([1, 2**63], dtype=torch.uint64)
+    with pytest.raises(ValueError, match=r"^labels must be below 2\*\*63"):
+        queue.enqueue(torch.zeros(2, DIM), labels)
+    assert len(queue) == 0
 
 
 def test_multi_hot_labels_become_vectors():
@@ -255,6 +276,80 @@ def test_multi_hot_labels_become_vectors():
     assert queue.labels.tolist() == [[0.0, 1.0], [1.0, 1.0]]
 
 
+# ------------------------------------------------------------------ without labels
+@given(size=st.integers(1, 7), counts=st.lists(st.integers(0, 16), max_size=6))
+def test_without_labels_it_is_the_end_of_a_list_too(size, counts):
+    queue, rows = FeatureQueue(size, DIM), []
+    for seed, count in enumerate(counts):
+        queue.enqueue(batch(count, seed)[0])
+        rows = [*rows, *batch(count, seed)[0].tolist()][-size:]
+        assert queue.features.tolist() == rows
+        twin = FeatureQueue(size, DIM)
+        twin.load_state_dict(reloaded(queue.state_dict()))
+        assert torch.equal(twin.get_extra_state(), queue.get_extra_state())
+    if not rows:
+        assert queue.labels.shape == (0,)  # none yet: labels may still come
+        return
+    for one in (queue, twin, copy.deepcopy(queue), pickle.loads(pickle.dumps(queue))):
+        with pytest.raises(ValueError, match=r"^labels: the rows of this queue have none"):
+            one.labels  # noqa: B018
+        with pytest.raises(ValueError, match=r"^labels must be left out: .*reset\(\)"):
+            one.enqueue(*batch(2, 0))
+        assert one.features.tolist() == rows
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_queue_with_labels_goes_on_wanting_them(soft):
+    message = "a queue with num_classes holds label vectors" if soft else r"the rows in this queue have labels; .*reset"
+    for counts in [(3,), (4, 3)]:
+        queue = filled(5, counts, soft)
+        for rows in (ROWS, ROWS[:0]):
+            with pytest.raises(ValueError, match=f"^labels is missing: {message}"):
+                queue.enqueue(rows)
+        assert_equal(queue, filled(5, counts, soft))
+    if soft:
+        with pytest.raises(ValueError, match=f"^labels is missing: {message}"):
+            FeatureQueue(5, DIM, CLASSES).enqueue(ROWS)
+
+
+def test_no_rows_decide_nothing():
+    queue = FeatureQueue(5, DIM)
+    queue.enqueue(ROWS[:0])
+    queue.enqueue(ROWS[:0], HARD[:0])
+    queue.enqueue(ROWS)
+    with pytest.raises(ValueError, match="^labels must be left out"):
+        queue.enqueue(ROWS[:0], HARD[:0])
+
+
+def test_a_queue_without_labels_takes_the_place_of_one_with_them():
+    """Loading decides anew, as it does about everything that changes."""
+    without = FeatureQueue(5, DIM)
+    without.enqueue(batch(2, 0)[0])
+    queue = filled()
+    queue.load_state_dict(without.state_dict())
+    queue.enqueue(batch(2, 1)[0])
+    assert torch.equal(queue.features, torch.cat([batch(2, 0)[0], batch(2, 1)[0]]))
+    without.load_state_dict(filled().state_dict())
+    assert_equal(without, filled())
+
+
+def test_moco_by_hand(backend):
+    """The recipe without labels is the cross-entropy of MoCo: the key against the key and the queue."""
+    queue, criterion = FeatureQueue(5, DIM), GenSupConLoss(temperature=0.2, base_temperature=None, backend=backend)
+    past = []
+    for step in range(3):
+        queries, keys = batch(4, 2 * step)[0], batch(4, 2 * step + 1)[0]
+        contrasts = torch.cat([keys, queue.features])
+        loss = criterion(queries, label_similarity=torch.eye(4, len(contrasts)), contrast_features=contrasts)
+        rows = torch.cat([keys, torch.cat(past)[-5:]]) if past else keys
+        logits = nn.functional.normalize(queries.double()) @ nn.functional.normalize(rows.double()).T / 0.2
+        expected = nn.functional.cross_entropy(logits, torch.arange(4))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        queue.enqueue(keys)
+        past.append(keys)
+
+
+# ------------------------------------------------------------------ devices
 @pytest.mark.parametrize("soft", [False, True])
 def test_nothing_reads_the_device(soft):
     """Meta tensors have no values: reading one raises."""
@@ -263,6 +358,81 @@ def test_nothing_reads_the_device(soft):
         queue.enqueue(*(values.to("meta") for values in batch(count, 0, soft)))
         assert queue.features.device.type == queue.labels.device.type == "meta"
     assert len(queue) == 5
+    assert repr(queue).endswith("len=5)")
+    assert queue.state_dict()["_extra_state"].is_meta
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_from_meta_it_comes_empty(soft):
+    """`to_empty` gives memory without values: rows there were are gone, and the queue says so."""
+    with torch.device("meta"):
+        made_there = FeatureQueue(5, DIM, CLASSES if soft else None)
+    for queue in (made_there, filled(soft=soft).to("meta")):
+        with pytest.raises(ValueError, match=r"^features must be on the device of the queue, meta; got cpu.*to_empty"):
+            queue.enqueue(*batch(2, 0, soft))
+        nn.Sequential(queue).to_empty(device="cpu")
+        assert len(queue) == 0
+        assert queue.features.shape == (0, DIM)
+        queue.enqueue(*batch(4, 0, soft))
+        queue.enqueue(*batch(3, 1, soft))
+        assert torch.equal(queue.features, filled(soft=soft).features)
+        assert torch.equal(queue.labels, filled(soft=soft).labels)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_on_meta_it_goes_where_the_state_is(soft, assign):
+    queue = FeatureQueue(5, DIM, CLASSES if soft else None).to("meta")
+    queue.load_state_dict(filled(soft=soft).state_dict(), assign=assign)
+    assert_equal(queue, filled(soft=soft))
+    queue.enqueue(*batch(2, 0, soft))
+
+
+def test_a_state_from_meta_has_no_values():
+    state = filled().to("meta").state_dict()
+    queue = filled()
+    with pytest.raises(ValueError, match="^_extra_state: state .* on meta, where there are no values"):
+        queue.load_state_dict(state)
+    assert_equal(queue, filled())
+    queue = filled().to("meta")
+    queue.load_state_dict(state)
+    assert len(queue) == 5
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_type_casts_no_class_numbers(kind):
+    queue, numbers = FeatureQueue(2, DIM), torch.tensor([2**40 + 1, 4097])
+    queue.enqueue(torch.zeros(2, DIM), numbers)
+    nn.Sequential(queue).type(kind)
+    assert queue.features.dtype == kind
+    assert queue.labels.dtype == torch.int64  # which `torch.equal` does not look at
+    assert torch.equal(queue.labels, numbers)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.complex64])
+def test_rows_stay_floating_point(kind):
+    queue = filled()
+    with pytest.raises(TypeError, match="^dtype must be floating-point.*FeatureQueue; got torch"):
+        queue.type(kind)
+    assert_equal(queue, filled())
+
+
+def test_made_moved_and_loaded_in_inference_mode_it_works_on_outside():
+    with torch.inference_mode():
+        queue = FeatureQueue(5, DIM).double().float()
+        queue.enqueue(*batch(4, 0))
+        other = FeatureQueue(5, DIM)
+        other.load_state_dict(queue.state_dict())
+    for one in (queue, other):
+        one.enqueue(*batch(3, 1))
+        assert_equal(one, filled())
+
+
+def test_sharing_memory_keeps_the_rows():
+    queue = filled().share_memory()
+    assert_equal(queue, filled())
+    queue.enqueue(*batch(2, 2))
+    assert_equal(queue, filled(counts=(4, 3, 2)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -280,6 +450,7 @@ def test_nothing_waits_for_the_device():
     assert_equal(queue.cpu(), on_host)
 
 
+# ------------------------------------------------------------------ the rest
 def test_beside_a_compiled_loss():
     torch._dynamo.reset()
     compiled, criterion = torch.compile(GenSupConLoss(), backend="eager", fullgraph=True), GenSupConLoss()
@@ -316,7 +487,7 @@ ROWS, HARD, SOFT = torch.zeros(2, DIM), torch.zeros(2, dtype=torch.int64), torch
 WRONG = {
     "features list": (False, [[0.0]], HARD, TypeError, "features must be a tensor; got list"),
     "features int": (False, ROWS.int(), HARD, TypeError, "features must be floating-point; got torch.int32"),
-    "features complex": (False, ROWS + 0j, HARD, TypeError, "features must be floating-point; got torch.complex64"),
+    "features complex": (False, ROWS + 0j, HARD, TypeError, "features must be real; got torch.complex64"),
     "features 1-D": (False, ROWS[0], HARD, ValueError, r"features must be \(B, D\) with D = 3; got shape \(3,\)"),
     "features 3-D": (False, ROWS[:, None], HARD, ValueError, r"features must be \(B, D\) .* \(2, 1, 3\)"),
     "features wide": (False, ROWS[:, :2], HARD, ValueError, r"features must be \(B, D\) .* \(2, 2\)"),
@@ -334,9 +505,11 @@ WRONG = {
         ValueError,
         "labels must be on the device of the queue, cpu; got meta",
     ),
-    "labels None": (False, ROWS, None, TypeError, "labels must be a tensor; got NoneType"),
+    "labels list": (False, ROWS, [0, 1], TypeError, "labels must be a tensor; got list"),
+    "features sparse": (False, ROWS.to_sparse(), HARD, TypeError, r"features must be dense; .* features.to_dense\(\)"),
+    "labels sparse": (False, ROWS, HARD.to_sparse(), TypeError, r"labels must be dense; .* labels.to_dense\(\)"),
     "hard float": (False, ROWS, HARD.float(), TypeError, "labels must be class numbers.*float32"),
-    "hard complex": (False, ROWS, HARD + 0j, TypeError, "labels must be class numbers.*complex64"),
+    "hard complex": (False, ROWS, HARD + 0j, TypeError, "labels must be real; got torch.complex64"),
     "hard count": (False, ROWS, HARD[:1], ValueError, r"labels must be \(B,\) with B = 2 .* \(1,\)"),
     "hard 2-D": (False, ROWS, HARD[:, None], ValueError, r"labels must be \(B,\) with B = 2 .* \(2, 1\)"),
     "soft numbers": (True, ROWS, HARD, ValueError, r"labels must be \(B, C\) .* C = 4; .*one_hot"),
@@ -369,8 +542,12 @@ def test_features_are_looked_at_if_asked_for():
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_a_group_is_a_process_group():
-    with pytest.raises(TypeError, match="^group must be a torch.distributed.ProcessGroup"):
-        FeatureQueue(4, DIM, group="world")
+    with pytest.raises(
+        TypeError, match='^group must be "world", for all processes, or a torch.distributed.ProcessGroup'
+    ):
+        FeatureQueue(4, DIM, group="all")
+    with pytest.raises(ValueError, match="^group.*init_process_group"):  # looked up at each call
+        FeatureQueue(4, DIM, group="world").enqueue(ROWS, HARD)
 
 
 # ------------------------------------------------------------------ several processes
@@ -388,6 +565,11 @@ BROKEN = {
         (ROWS, SOFT),
         "processes differ in num_classes: None on processes 0, 2; 4 on process 1",
     ),
+    "labels missing": (
+        {},
+        (ROWS,),
+        "processes differ in labels: given on processes 0, 2; missing on process 1",
+    ),
     "dtype": (
         {"dtype": torch.float64},
         (ROWS, HARD),
@@ -401,7 +583,9 @@ BROKEN = {
 }
 
 
-def _steps(rank: int, size: int, group: object, soft: bool, resume_at: int | None = None) -> list:
+def _steps(
+    rank: int, size: int, group: object, soft: bool, resume_at: int | None = None, labelled: bool = True
+) -> list:
     """What the queue of a process holds after each step."""
     queue, states = FeatureQueue(size, DIM, CLASSES if soft else None, group=group), []
     for step, counts in enumerate(UNEVEN):
@@ -410,9 +594,14 @@ def _steps(rank: int, size: int, group: object, soft: bool, resume_at: int | Non
             queue = FeatureQueue(size, DIM, CLASSES if soft else None, group=group)
             queue.load_state_dict(state)
         features, labels = batch(counts[rank], 10 * step + rank, soft)
-        queue.enqueue(features.requires_grad_(), labels)
-        states.append({"features": queue.features, "labels": queue.labels, **queue.get_extra_state()})
+        queue.enqueue(features.requires_grad_(), labels if labelled else None)
+        states.append(_seen(queue, labelled))
     return states
+
+
+def _seen(queue: FeatureQueue, labelled: bool) -> dict:
+    labels = {"labels": queue.labels} if labelled else {}
+    return {"features": queue.features, **labels, "state": queue.get_extra_state()}
 
 
 def _broken(rank: int, group: object) -> dict:
@@ -491,6 +680,7 @@ def _work(rank: int, folder: str) -> None:
         results["hard"] = _steps(rank, 11, world, soft=False)
         results["soft"] = _steps(rank, 4, world, soft=True)
         results["resumed"] = _steps(rank, 11, world, soft=False, resume_at=2)
+        results["unlabelled"] = _steps(rank, 11, world, soft=False, resume_at=2, labelled=False)
         results["broken"] = _broken(rank, world)
         results["pair"] = _outsider(pair) if rank == 2 else _steps(rank, 11, pair, soft=True)
         results["copied"] = _copied(rank, world)
@@ -521,12 +711,13 @@ def processes(tmp_path_factory) -> list[dict]:
     return results
 
 
-def _by_one_process(size: int, soft: bool, ranks: int = WORLD) -> list:
+def _by_one_process(size: int, soft: bool, ranks: int = WORLD, labelled: bool = True) -> list:
     queue, states = FeatureQueue(size, DIM, CLASSES if soft else None), []
     for step, counts in enumerate(UNEVEN):
         parts = [batch(counts[rank], 10 * step + rank, soft) for rank in range(ranks)]
-        queue.enqueue(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        states.append({"features": queue.features, "labels": queue.labels, **queue.get_extra_state()})
+        rows, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        queue.enqueue(rows, labels if labelled else None)
+        states.append(_seen(queue, labelled))
     return states
 
 
@@ -535,13 +726,16 @@ def _assert_states(states: list, expected: list) -> None:
     for one, other in zip(states, expected, strict=True):
         assert one.keys() == other.keys()
         for name, value in other.items():
-            assert torch.equal(one[name], value) if isinstance(value, torch.Tensor) else one[name] == value, name
+            assert torch.equal(one[name], value), name
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-@pytest.mark.parametrize(("name", "size", "soft"), [("hard", 11, False), ("soft", 4, True), ("resumed", 11, False)])
+@pytest.mark.parametrize(
+    ("name", "size", "soft"),
+    [("hard", 11, False), ("soft", 4, True), ("resumed", 11, False), ("unlabelled", 11, False)],
+)
 def test_all_processes_hold_what_one_would(processes, rank, name, size, soft):
-    _assert_states(processes[rank][name], _by_one_process(size, soft))
+    _assert_states(processes[rank][name], _by_one_process(size, soft, labelled=name != "unlabelled"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

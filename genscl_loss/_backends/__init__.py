@@ -16,11 +16,10 @@ that chooses; a backend asked for by name is used or refused, never replaced.
 import torch
 
 from genscl_loss._backends import dense
-from genscl_loss._backends.choice import BACKENDS, auto_backend, available_backends, choose, constant
+from genscl_loss._backends.choice import auto_backend, available_backends, choose, constant
 from genscl_loss._backends.operator import mirrored_row_lse, row_lse
 
 __all__ = [
-    "BACKENDS",
     "auto_backend",
     "available_backends",
     "choose",
@@ -32,6 +31,15 @@ __all__ = [
 
 
 @constant
-def float32_precision() -> str:
-    """What `torch.set_float32_matmul_precision` was told; a compiled graph is traced anew when that changes."""
-    return torch.get_float32_matmul_precision()
+def float32_precision(device_type: str) -> str:
+    """How exact products of float32 numbers have to be: "highest", "high" or "medium", as torch was told.
+
+    It can be told by `torch.set_float32_matmul_precision`, or, since torch 2.9, for each library that multiplies; the
+    second way sees what the first one sets, and asking the first way raises once the second was used. A compiled graph
+    is traced anew when either changes.
+    """
+    library = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
+    told = getattr(getattr(library, "matmul", None), "fp32_precision", None)
+    if not isinstance(told, str):
+        return torch.get_float32_matmul_precision()
+    return {"tf32": "high", "bf16": "medium"}.get(told, "highest")

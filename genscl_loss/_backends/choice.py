@@ -18,8 +18,7 @@ from torch import Tensor
 
 from genscl_loss._backends import fused
 from genscl_loss._backends.plans import MAX_FEATURES
-
-BACKENDS = ("auto", "dense", "tiled", "triton")
+from genscl_loss._choices import BACKENDS
 
 _MATRICES = 7  # halves of a matrix that the dense equation holds at its peak
 _SMALL = 2**26  # bytes of them that never matter

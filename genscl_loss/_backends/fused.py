@@ -176,7 +176,7 @@ def _launch_grad(
     plan, block_out = backward_plan(_chip(rows.device), features, terms)
     chunks = -(-num_features // block_out)
     blocks = -(-n // plan.block_m)
-    most = min(_MOST_SPLITS, max(1, _MOST_PARTS // (n * num_features)))
+    most = min(_MOST_SPLITS, max(1, _MOST_PARTS // max(1, n * num_features)))
     splits, cols_per_split = _share(blocks * chunks, m, plan, most, rows.device)
     out = largest.new_empty(splits, n, num_features)
     some_weights = row_weights if col_weights is None else col_weights

@@ -150,7 +150,7 @@ def _shift(scaled: Tensor, others: Tensor) -> float | None:
 
 
 def _largest_norm(rows: Tensor) -> float:
-    return float(torch.linalg.vector_norm(rows, dim=1).max())
+    return float(torch.linalg.vector_norm(rows, dim=1).max()) if len(rows) else 0.0
 
 
 def _exp2(tile: Tensor, shift: float) -> Tensor:
