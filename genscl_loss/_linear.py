@@ -88,9 +88,9 @@ def _kernel(
         likelihood = torch.addcmul(alignment * scale, mass, lse.to(mass.dtype), value=-1)
         if partner is not None:
             likelihood = logsigmoid(likelihood)
-        results.append(torch.stack([likelihood, mass, alignment]).to(z.dtype))
-    found = torch.stack(results, 1)
-    return found[0].clone(), found[1].clone(), found[2].clone(), *kept
+        results.append([x.to(z.dtype)[None] for x in (likelihood, mass, alignment)])
+    found = results[0] if len(results) == 1 else [torch.cat(each) for each in zip(*results, strict=True)]
+    return *found, *kept
 
 
 def _fake(

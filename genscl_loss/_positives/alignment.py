@@ -57,10 +57,14 @@ def align(given: Labelled) -> tuple[Tensor, Tensor]:
     """Alignment z_i . sum_j w_ij z_j and positive mass W_i = sum_j w_ij of each anchor, (A,) and (A,)."""
     z, others = given.rows
     weights, dtype = _weights(given, z.shape[1] + 1)
-    total, mass = z.new_zeros(z.shape[0], dtype=dtype), z.new_empty(z.shape[0], dtype=dtype)
+    total, mass = (z.new_empty(z.shape[0], dtype=dtype) for _ in range(2))
     for rows, cols, sums in weights.of(_with_one(matrix(others, dtype))):
-        total[rows] += (sums[:, :-1] * z[rows, cols]).sum(1)
         mass[rows] = sums[:, -1]
+        part = sums[:, :-1].mul_(z[rows, cols])
+        if cols == ALL or cols.start == 0:
+            torch.sum(part, 1, out=total[rows])
+        else:
+            total[rows] += part.sum(1)
     return total, mass
 
 
@@ -194,13 +198,17 @@ def _with_one(x: Matrix) -> Matrix:
         out[:, :-1] = given
         return out
 
-    return replace(x, part=remember(part))
+    return replace(x, part=remember(part), ones=1)
 
 
 def _times_u_and_one(x: Matrix, u: Tensor) -> Matrix:
     """Two copies of each row beside each other, the first multiplied by its u."""
-    u_and_one = torch.stack([u, torch.ones_like(u)], 1)[:, :, None]
-    return replace(x, part=remember(lambda rows, cols: (x.part(rows, cols)[:, None] * u_and_one[rows]).flatten(1)))
+
+    def part(rows: slice, cols: slice) -> Tensor:
+        given = x.part(rows, cols)
+        return torch.cat([given * u[rows, None], given], 1)
+
+    return replace(x, part=remember(part), copies=2)
 
 
 def _of_both(parts: Sums, u: Tensor) -> Sums:

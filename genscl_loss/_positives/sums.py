@@ -44,6 +44,13 @@ class Matrix:
     columns: int
     dtype: torch.dtype
     device: torch.device
+    copies: int = 1  # of each column in a part, one beside the other
+    ones: int = 0  # columns of ones behind them
+
+    def zeros(self, rows: int, cols: slice) -> Tensor:
+        """Room for sums of those columns."""
+        num_columns = self.columns if cols == ALL else cols.stop - cols.start
+        return torch.zeros(rows, self.copies * num_columns + self.ones, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,17 @@ def by_class(weights: Weights, x: Matrix) -> Sums:
     """Sums for class numbers."""
     left, right = weights.left, weights.right
     width = max(left.width, right.width)
-    copies = x.part(slice(0, 0), slice(0, 1)).shape[1]  # of each column
-    for cols in slices(x.columns, max(_FEWEST_COLUMNS, _TABLE // (copies * width))):
-        none = x.part(slice(0, 0), cols)
-        step = chunk(none.shape[1], x.device)
-        total = none.new_zeros(width, none.shape[1])
+    for cols in slices(x.columns, max(_FEWEST_COLUMNS, _TABLE // (x.copies * width))):
+        total = x.zeros(width, cols)
+        step = chunk(total.shape[1], x.device)
         for rows in slices(right.rows, step):
             _add_by_class(total, right.numbers[rows], x.part(rows, cols))
         for rows in slices(left.rows, step):
             sums = total.index_select(0, left.numbers[rows])
             selves, own = self_rows(rows, right.rows, weights.self_offset)
-            if own.start < own.stop:
+            if left is right and weights.self_offset == 0:
+                sums.sub_(x.part(own, cols))
+            elif own.start < own.stop:
                 same = left.numbers[rows][selves] == right.numbers[own]
                 sums[selves].addcmul_(same[:, None], x.part(own, cols), value=-1)
             yield rows, cols, sums
@@ -136,12 +143,12 @@ def by_total(weights: Weights, x: Matrix) -> Sums:
 def _product(labels: Tensor, rows: Tensor) -> Tensor:
     """labels^T rows, a block of rows at a time and then over blocks: rounding does not grow with the number of rows."""
     wide = sum_dtype(rows)
-    end = 0 if wide == rows.dtype else len(rows) // _BLOCK * _BLOCK
-    rest = labels[end:].T @ rows[end:]
-    if end == 0:
-        return rest
+    end = len(rows) // _BLOCK * _BLOCK
+    if wide == rows.dtype or end < 2 * _BLOCK:
+        return labels.T @ rows
     blocks = (y[:end].reshape(-1, _BLOCK, y.shape[1]) for y in (labels, rows))
-    return (next(blocks).transpose(1, 2) @ next(blocks)).sum(0, dtype=wide).add_(rest)
+    total = (next(blocks).transpose(1, 2) @ next(blocks)).sum(0, dtype=wide)
+    return total if end == len(rows) else total.add_(labels[end:].T @ rows[end:])
 
 
 def by_sweep(weights: Weights, x: Matrix) -> Sums:
@@ -150,8 +157,7 @@ def by_sweep(weights: Weights, x: Matrix) -> Sums:
     assert offset is not None
     blocks = list(slices(right.rows, _BLOCK))
     for cols in slices(x.columns, max(_FEWEST_COLUMNS, _CHUNK // max(1, left.rows))):
-        none = x.part(slice(0, 0), cols)
-        sums = none.new_zeros(left.rows, none.shape[1])
+        sums = x.zeros(left.rows, cols)
         for order in (blocks, blocks[::-1]):
             total = sums.new_zeros(right.columns, sums.shape[1])
             for own in order:
@@ -174,8 +180,7 @@ def by_pairs(weights: Weights, x: Matrix) -> Sums:
     left, right, offset = weights.left, weights.right, weights.self_offset
     for rows in slices(left.rows, max(_BLOCK, chunk(x.columns, x.device))):
         anchors = left.part(rows, ALL)
-        none = x.part(slice(0, 0), ALL)
-        sums = none.new_zeros(len(anchors), none.shape[1])
+        sums = x.zeros(len(anchors), ALL)
         for own in slices(right.rows, max(_BLOCK, chunk(len(anchors), x.device))):
             similarity = anchors @ right.part(own, ALL).T
             if offset is not None and -len(anchors) < (start := rows.start + offset - own.start) < own.stop - own.start:
