@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genscl_loss._attract import ClassLabels, Labels, Similarity, VectorLabels
 from genscl_loss._checks import check_tensor, check_values, extremes, kind, may_look_at
 from genscl_loss._choices import CONTRAST_MODES
+from genscl_loss._positives import ClassLabels, Labels, Similarity, VectorLabels
 
 
 @dataclass(frozen=True)  # not a tuple: `torch.compile` finds no properties of those before torch 2.10

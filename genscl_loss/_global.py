@@ -14,11 +14,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from genscl_loss._attract import ClassLabels, Labels, VectorLabels, attract, mirrored_attract
 from genscl_loss._backends import mirrored_row_lse, row_lse
 from genscl_loss._batch import Batch
 from genscl_loss._distributed import Members, gather, gather_with_gradient, sum_over
 from genscl_loss._library import matmul
+from genscl_loss._positives import (
+    ClassLabels,
+    Labels,
+    Similarity,
+    VectorLabels,
+    mirrored_positives,
+    positives,
+    similarity_matrix,
+)
 from genscl_loss._unit import unit_pair, unit_rows
 
 
@@ -84,14 +92,14 @@ def global_log_likelihoods(
     likelihoods = []
     for labels in batch.all_labels:
         if isinstance(labels, VectorLabels):
-            attraction, mass = _attract_vectors(z, others, labels, batch.self_offset, members)
+            alignment, mass = _positives_by_exchange(z, others, labels, batch.self_offset, members, backend)
         elif isinstance(labels, ClassLabels):
             classes = _classes_of_all(labels, first, counts, members)
             if is_mirrored:
-                attraction, mass = mirrored_attract(z, every, classes, first, share)
+                alignment, mass = mirrored_positives(z, every, classes, first, share)
             else:
-                _, _, attraction, mass = attract(z, every, classes, offset, normalize=False)
-        likelihoods.append((torch.addcmul(attraction * scale, mass, lse, value=-1), mass))
+                alignment, mass = _positives_here(z, every, classes, offset, backend)
+        likelihoods.append((torch.addcmul(alignment * scale, mass, lse, value=-1), mass))
     return likelihoods
 
 
@@ -116,25 +124,34 @@ def _gather_contrasts(
     return unit_pair(every, None, batch.normalize)[0]
 
 
-def _attract_vectors(
-    z: Tensor, others: Tensor | None, labels: VectorLabels, self_offset: int | None, members: Members
+def _positives_here(
+    z: Tensor, contrasts: Tensor | None, labels: Labels, self_offset: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """What `attract` returns, over the contrasts of all processes.
+    """`positives`, with second derivatives on the backend that has them."""
+    if backend == "dense":
+        return positives(z, contrasts, Similarity(similarity_matrix(labels, self_offset, z.dtype)), None)
+    return positives(z, contrasts, labels, self_offset)
+
+
+def _positives_by_exchange(
+    z: Tensor, others: Tensor | None, labels: VectorLabels, self_offset: int | None, members: Members, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What `positives` returns, over the contrasts of all processes.
 
     Sums by class are exchanged, and the self term is left out where it is: little may remain of a sum without it.
     """
     x = z if others is None else others
     here = matmul(unit_rows(labels.contrasts).T.to(x.dtype), torch.cat([x, x.new_ones(x.shape[0], 1)], 1)).double()
     total = sum_over(here, members)
-    if self_offset is not None:  # those of others; `attract` knows how to leave the self term out of the rest
+    if self_offset is not None:  # those of others; `positives` knows how to leave the self term out of the rest
         total = total - here
     p = matmul(unit_rows(labels.anchors).to(z.dtype), total.to(z.dtype))
-    attraction, mass = (z * p[:, :-1]).sum(1), p[:, -1]
+    alignment, mass = (z * p[:, :-1]).sum(1), p[:, -1]
     if self_offset is not None:
-        pull = attract(z, others, labels, self_offset, normalize=False)
-        attraction, mass = attraction + pull.attraction, mass + pull.mass
+        alignment_here, mass_here = _positives_here(z, others, labels, self_offset, backend)
+        alignment, mass = alignment + alignment_here, mass + mass_here
     has_gradient = _has_gradient(labels.anchors) or _has_gradient(labels.contrasts)
-    return attraction, mass if has_gradient else mass.detach()
+    return alignment, mass if has_gradient else mass.detach()
 
 
 def _classes_of_all(labels: ClassLabels, first: int, counts: Sequence[int], members: Members) -> ClassLabels:

@@ -47,8 +47,8 @@ def define_operator(
     *,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register an operator of the package for every device.
 
@@ -58,7 +58,7 @@ def define_operator(
         kernel: Computes the result; writes to none of its arguments and returns none of them.
         fake: Returns an empty tensor of the result's shape, dtype and strides.
         setup_context: Saves what `backward` needs, as in `torch.autograd.Function`.
-        backward: The derivative, as in `torch.autograd.Function`.
+        backward: The derivative, as in `torch.autograd.Function`. None: it is called without gradients only.
 
     Returns:
         The operator, callable on tensors.
@@ -71,16 +71,18 @@ def define_operator(
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.device = inputs[0].device
-        setup_context(ctx, inputs, output)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
 
     def run_backward(ctx: Any, *grads: Any) -> Any:
         with without_autocast(ctx.device):
-            return backward(ctx, *grads)
+            return None if backward is None else backward(ctx, *grads)
 
     _library.define(name + signature)
     _library.impl(name, run_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
-    torch.library.register_autograd(qualified, run_backward, setup_context=save, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, run_backward, setup_context=save, lib=_library)
     operator = getattr(getattr(torch.ops, _namespace), name).default
 
     def call(*args: Any) -> Any:

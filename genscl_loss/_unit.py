@@ -26,3 +26,16 @@ def inverse_lengths(rows: Tensor) -> Tensor:
     # One where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for zeros.
     correction = (constant - constant).add_(constant < 1e-18)
     return (length + correction).reciprocal()
+
+
+def unit_rows_grad(grad: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of rows from that of `rows * factor`, their unit rows z; in place.
+
+    With d_z for the latter, d = (d_z - z (z . d_z)) * factor.
+    """
+    step = max(256, 2**18 // max(1, rows.shape[1]))  # a part that stays in cache
+    for first in range(0, rows.shape[0], step):
+        some = slice(first, first + step)
+        unit, part = rows[some] * factor[some], grad[some]
+        part.addcmul_(unit, (unit * part).sum(1, keepdim=True), value=-1).mul_(factor[some])
+    return grad

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from genscl_loss._attract import ClassLabels, Labels, Similarity
+from genscl_loss._positives import ClassLabels, Labels, Similarity
 from genscl_loss._batch import make_batch
 from genscl_loss._checks import check_number
 from genscl_loss._choices import ContrastMode

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from genscl_loss._attract import attract, similarity_matrix
+from genscl_loss import _linear as linear
 from genscl_loss._backends import available_backends, choose, dense, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_number, check_tensor, check_values, may_look_at, unknown_arguments, validate
@@ -24,6 +24,7 @@ from genscl_loss._choices import (
 )
 from genscl_loss._distributed import Members, sum_over
 from genscl_loss._global import facts, global_log_likelihoods, no_log_likelihoods
+from genscl_loss._positives import Similarity, has_gradient, num_classes, positives, similarity_matrix
 from genscl_loss._unit import unit_pair
 
 if TYPE_CHECKING:
@@ -299,7 +300,9 @@ def collapsed_loss(
 def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
     """sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
-    backend = choose(backend, anchors, batch.num_contrasts)
+    backend = choose(
+        backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
+    )
     if backend == "dense" or batch.num_contrasts == 0:
         z, others = unit_pair(anchors, contrasts, batch.normalize)
         if batch.num_contrasts == 0:
@@ -311,13 +314,17 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
             dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype))
             for labels in batch.all_labels
         ]
-    if batch.partner is not None and backend == "tiled":
-        return [_log_likelihood_of_pairs(batch, scale, *unit_pair(anchors, contrasts, batch.normalize), backend)]
-    pulls = [attract(anchors, contrasts, labels, self_offset, normalize=batch.normalize) for labels in batch.all_labels]
-    z, others = pulls[0].anchors, pulls[0].contrasts
-    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=_precision(batch), backend=backend)
+    self_offset, precision = batch.self_offset, _precision(batch)
+    constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
+    if len(constant) == len(batch.all_labels):
+        partner = batch.partner if backend == "tiled" else None
+        options = linear.Options(self_offset, partner, batch.normalize, precision, backend)
+        return linear.log_likelihoods(anchors, contrasts, scale, constant, options)
+    z, others = unit_pair(anchors, contrasts, batch.normalize)
+    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=precision, backend=backend)
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
-    return [(torch.addcmul(pull.attraction * scale, pull.mass, lse, value=-1), pull.mass) for pull in pulls]
+    found = [positives(z, others, labels, self_offset) for labels in batch.all_labels]
+    return [(torch.addcmul(alignment * scale, mass, lse, value=-1), mass) for alignment, mass in found]
 
 
 def _log_likelihood_of_pairs(

@@ -25,8 +25,9 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [f"genscl_loss/{name}.py" for name in ("functional", "_attract", "_batch", "_backends/tiled")]
-NAMES = ["errors", "backends", "attract", "gradients", "loss", "traps", "module", "memory", "parity"]
+MUTATED = ["functional", "_batch", "_backends/tiled", "_positives/alignment", "_positives/labels", "_positives/sums"]
+FILES = [f"genscl_loss/{name}.py" for name in MUTATED]
+NAMES = ["errors", "backends", "positives", "gradients", "loss", "traps", "module", "memory", "parity"]
 NAMES += ["mirrored", "triton", "distributed"]
 # Triton's interpreter is slow, and no mutated file is its own: of its tests only the one of the choice of precision.
 SELECTED = "not triton or different_dtypes"

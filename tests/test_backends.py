@@ -10,9 +10,10 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from genscl_loss import available_backends, gen_supcon_loss
-from genscl_loss._backends import choose, tiled
+from genscl_loss import _linear as linear
+from genscl_loss import gen_supcon_loss
 from genscl_loss._backends import row_lse as any_row_lse
+from genscl_loss._backends import tiled
 
 
 def row_lse(anchors, contrasts, scale, self_offset, backend="tiled"):
@@ -152,22 +153,6 @@ def test_operators_take_any_strides():
 SCHEMA = ("test_schema", "test_faketensor")
 
 
-# Choice
-
-
-def test_auto_is_dense_for_few_logits_and_tiled_for_many():
-    assert choose("auto", torch.empty(64, 8), 63) == "dense"
-    assert choose("auto", torch.empty(4096, 8), 4095) == "tiled"
-    assert choose("auto", torch.empty(1, 8), 10**6) == "tiled"
-
-
-def test_a_backend_asked_for_by_name_is_used_or_refused():
-    rows = torch.empty(10**6, 8)
-    assert [choose(name, rows, 10**6) for name in available_backends()] == list(available_backends())
-    with pytest.raises(ValueError, match="^backend must be one of 'auto', 'dense', 'tiled', 'triton'; got 'Triton'"):
-        gen_supcon_loss(rows[:4], torch.arange(4) % 2, backend="Triton")
-
-
 # What other ways to differentiate, and to store, make of the operators
 
 
@@ -281,9 +266,9 @@ def test_the_logits_of_a_self_contrast_are_symmetric_and_half_of_them_is_compute
 )
 def test_products_of_few_digits_are_for_features_that_all_have_few(dtypes, wanted):
     views = [torch.randn(6, 8).to(dtype) for dtype in dtypes]
-    with patch("genscl_loss.functional.row_lse", wraps=any_row_lse) as called:
+    with patch("genscl_loss.functional.linear.log_likelihoods", wraps=linear.log_likelihoods) as called:
         gen_supcon_loss(views, backend="tiled")
-    assert called.call_args.kwargs["precision"] == wanted
+    assert called.call_args.args[-1].precision == wanted
 
 
 def test_the_dense_backend_hides_the_self_term_from_any_logits():

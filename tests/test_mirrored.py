@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from genscl_loss import available_backends
-from genscl_loss._attract import ClassLabels, mirrored_attract
 from genscl_loss._backends import fused, mirrored_row_lse
+from genscl_loss._positives import ClassLabels, mirrored_positives
 
 SIZES = [(70,), (1, 69), (33, 4, 90), (600, 1, 530)]
 
@@ -102,7 +102,7 @@ def test_kernels_with_split_columns(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [(70,), (1, 69), (33, 4, 90)])
-def test_attraction(sizes):
+def test_alignment(sizes):
     n = sum(sizes)
     z, upstream = rows(n, 6), torch.linspace(-1, 2, n, dtype=torch.float64)
     classes = torch.randint(-3, 3, (n,), generator=torch.Generator().manual_seed(1))
@@ -111,13 +111,13 @@ def test_attraction(sizes):
         first = sum(sizes[:rank])
         own = slice(first, first + sizes[rank])
         leaf = z[own].clone().requires_grad_()
-        attraction, mass = mirrored_attract(leaf, z, ClassLabels(classes[own], classes), first, share)
-        return attraction.detach(), mass, torch.autograd.grad(attraction, leaf, upstream[own])[0]
+        alignment, mass = mirrored_positives(leaf, z, ClassLabels(classes[own], classes), first, share)
+        return alignment.detach(), mass, torch.autograd.grad(alignment, leaf, upstream[own])[0]
 
     results = exchange(sizes, backward)
     leaf = z.clone().requires_grad_()
     weights = (classes[:, None] == classes).double().fill_diagonal_(0)
-    attraction = (leaf * (weights @ leaf)).sum(1)
-    exact = attraction.detach(), weights.sum(1), torch.autograd.grad(attraction, leaf, upstream)[0]
+    alignment = (leaf * (weights @ leaf)).sum(1)
+    exact = alignment.detach(), weights.sum(1), torch.autograd.grad(alignment, leaf, upstream)[0]
     for index, value in enumerate(exact):
         torch.testing.assert_close(torch.cat([result[index] for result in results]), value, rtol=1e-12, atol=1e-12)

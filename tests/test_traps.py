@@ -75,8 +75,8 @@ def test_trap_1_a_small_positive_mass_does_not_cancel(backend, labels, naive_err
 @pytest.fixture
 def no_float64(monkeypatch):
     """A device where float64 is missing or slow: the label stage has to do without, in blocks of four rows."""
-    monkeypatch.setattr("genscl_loss._attract.has_fast_float64", lambda device: False)
-    monkeypatch.setattr("genscl_loss._attract._BLOCK", 4)
+    monkeypatch.setattr("genscl_loss._positives.sums.has_fast_float64", lambda device: False)
+    monkeypatch.setattr("genscl_loss._positives.sums._BLOCK", 4)
 
 
 @pytest.mark.parametrize("mode", ["all", "first", "one"])

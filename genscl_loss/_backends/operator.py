@@ -1,6 +1,6 @@
 """The row log-sum-exp as an operator of torch, whichever backend computes it, and its derivative."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def row_lse(
         (A,); -inf, or the lowest number, for an anchor that has no contrast.
     """
     others = anchors if contrasts is None else contrasts
-    partners = [] if partner is None else _diagonals(partner, anchors.shape[0], others.shape[0])
+    partners = _partners_of(anchors, contrasts, partner)
     if backend == "dense":
         lse: Tensor = dense.row_lse(anchors, others, scale, _left_out(self_offset, partners))
         # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
@@ -194,10 +194,10 @@ def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _grad_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(_no_second_derivative(ctx.backend))
+    raise RuntimeError(no_second_derivative(ctx.backend))
 
 
-def _no_second_derivative(backend: str) -> str:
+def no_second_derivative(backend: str) -> str:
     return f'backend "{backend}" has no second derivative; pass backend="dense" to differentiate the loss twice'
 
 
@@ -286,7 +286,7 @@ class _MirroredLse(torch.autograd.Function):
         lse, *saved = ctx.saved_tensors
         with torch.no_grad():
             d_rows, d_scale = _MirroredLse._gradients(ctx, grad, *saved)
-        message = _no_second_derivative(ctx.options[3])
+        message = no_second_derivative(ctx.options[3])
         d_rows = only_once(d_rows, message, lse)
         d_scale = None if d_scale is None else only_once(d_scale, message, lse)
         return d_rows, None, d_scale, None, None, None, None, None
@@ -315,3 +315,65 @@ class _MirroredLse(torch.autograd.Function):
             d_rows = d_rows * ctx.factor
         # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
         return d_rows, None if rows is None else ((rows * d_rows).sum() / (2 * scale)).to(scale.dtype)
+
+
+# ---- As a part of another operator ----
+
+
+def pairs(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    partner: int | None,
+    unit: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`row_lse` as a pure function: the result, and what `pairs_grad` wants of it. Not for "dense"."""
+    if backend == "triton" and not unit:
+        anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
+    partners = _partners_of(anchors, contrasts, partner)
+    return _lse_kernel(anchors, contrasts, scale, self_offset, partners, unit, precision, backend)
+
+
+def fake_pairs(anchors: Tensor, contrasts: Tensor | None, precision: str, backend: str) -> tuple[Tensor, ...]:
+    """Empty tensors of the shapes that `pairs` returns."""
+    return _lse_fake(anchors, contrasts, anchors, None, [], True, precision, backend)
+
+
+def pairs_grad(
+    grad: Tensor,
+    kept: Sequence[Tensor],
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    partner: int | None,
+    unit: bool,
+    backend: str,
+    contrasts_need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of anchors and contrasts, from what `pairs` returned behind its result."""
+    sums, rows, cols = kept
+    m, d = anchors.shape if contrasts is None else contrasts.shape
+    need = contrasts_need_grad and contrasts is not None
+    partners, factor = _partners_of(anchors, contrasts, partner), None
+    if backend == "tiled":
+        rows, right = anchors, contrasts
+    else:
+        right = None if contrasts is None else cols
+        if not unit:
+            factor, (_, _, scale) = _power_of_two(anchors), _entries_up_to_one(anchors, contrasts, scale)
+    found = _grad_kernel(grad, sums, rows, right, scale, self_offset, partners, unit, m, d, need, backend)
+    d_anchors, d_contrasts = found[0], found[1] if need else None
+    if factor is not None:
+        d_anchors.mul_(factor)
+        if contrasts is not None and d_contrasts is not None:
+            d_contrasts.mul_(_power_of_two(contrasts))
+    return d_anchors, d_contrasts
+
+
+def _partners_of(anchors: Tensor, contrasts: Tensor | None, partner: int | None) -> list[int]:
+    others = anchors if contrasts is None else contrasts
+    return [] if partner is None else _diagonals(partner, anchors.shape[0], others.shape[0])

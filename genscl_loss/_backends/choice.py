@@ -1,0 +1,224 @@
+"""The only place that chooses a backend.
+
+"auto" takes the faster of the dense equation and the best backend of linear memory, by a small model of time. Both take
+matrix products, both look at every logit, and either has operations whose number does not depend on sizes:
+
+    dense     call + logit A M + row (A + M) (D + C) + product A M (3 D + C)
+    linear    the same, with constants of its own, and product (2 A M D + labels)
+
+in a self-contrast. Labels cost 3 (A + M) C D products, or what pairs cost, 3 A M (C + D), if that is less. Matrices of
+the dense equation are taken while they are small, or not much larger than features and labels are.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscl_loss._backends import fused
+from genscl_loss._backends.plans import MAX_FEATURES
+from genscl_loss._choices import BACKENDS
+
+_MATRICES = 7  # halves of a matrix that the dense equation holds at its peak
+_SMALL = 2**26  # bytes of them that never matter
+_SHARE = 8  # of the bytes of rows and label vectors, that they may take beyond
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Picoseconds, whole numbers: a compiler follows them through symbolic sizes."""
+
+    dense_call: int
+    dense_logit: int  # all passes over a matrix entry, forward and backward
+    dense_row: int  # a number of a row or a label vector
+    linear_call: int
+    linear_logit: int
+    linear_row: int
+    product: int  # a thousand multiplications and additions of a matrix product
+
+
+# CPU: `python benchmarks/fit_choice.py` on two cores of an AMD EPYC (AVX-512), torch 2.13.0. CUDA: estimates from the
+# number of launches and the rates of an H100, none of them measured.
+_COSTS = {
+    "cpu": {
+        torch.float32: Costs(350_000_000, 5_000, 1_000, 1_390_000_000, 1_900, 4_400, 12_000),
+        torch.float64: Costs(350_000_000, 10_000, 2_000, 1_390_000_000, 6_000, 9_000, 36_000),
+    },
+    "cuda": {
+        torch.float32: Costs(110_000_000, 25, 10, 200_000_000, 2, 20, 40),
+        torch.float64: Costs(110_000_000, 50, 20, 200_000_000, 40, 40, 40),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What time depends on. Sizes may be symbolic."""
+
+    anchors: int  # A
+    contrasts: int  # M
+    features: int  # D
+    classes: int  # C of label vectors, of all of them together; 0 for class numbers
+    is_self: bool  # contrasts are the anchors
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def _passes(self) -> int:
+        """Products of the size A M D: logits, then gradients, which separate contrasts seldom have."""
+        return 3 if self.is_self else 2
+
+    @property
+    def numbers(self) -> int:
+        """Of rows and label vectors."""
+        rows = self.anchors if self.is_self else self.anchors + self.contrasts
+        return rows * (self.features + self.classes)
+
+    def dense_work(self) -> tuple[int, int]:
+        """Logits, and thousands of products."""
+        pairs = self.anchors * self.contrasts
+        return pairs, pairs * (self._passes * self.features + self.classes) // 1000
+
+    def linear_work(self) -> tuple[int, int]:
+        """Logits, and thousands of products."""
+        a, m, d, c = self.anchors, self.contrasts, self.features, self.classes
+        pairs, labels = a * m, (a + m) * c * d  # sums by class, or, where these are more, by pairs
+        if labels > pairs * (c + d):
+            labels = pairs * (c + d)
+        # A tile of a self-contrast serves both its sides.
+        logits, products = (pairs, 2 * pairs * d) if self.is_self else (2 * pairs, 3 * pairs * d)
+        return logits, (products + self._passes * labels) // 1000
+
+    def dense_is_best(self) -> bool:
+        """Whether the dense equation is faster than a backend of linear memory, and not too large."""
+        costs = _COSTS.get(self.device, _COSTS["cpu"])[self.dtype]
+        itemsize = 8 if self.dtype == torch.float64 else 4
+        pairs, dense_products = self.dense_work()
+        logits, linear_products = self.linear_work()
+        matrices = _MATRICES * itemsize * pairs // 2
+        if matrices > _SMALL and matrices > _SHARE * itemsize * self.numbers:
+            return False
+        dense = costs.dense_call + costs.dense_logit * pairs + costs.dense_row * self.numbers
+        linear = costs.linear_call + costs.linear_logit * logits + costs.linear_row * self.numbers
+        return dense + costs.product * dense_products <= linear + costs.product * linear_products
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that `backend=` accepts, besides "auto".
+
+    "triton" is among them if there is an NVIDIA GPU that it runs on; it takes GPU tensors only.
+
+    Returns:
+        The names, the reference first.
+
+    Example:
+        >>> available_backends()
+        ('dense', 'tiled'...)
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return BACKENDS[1:] if fused.unavailable(device) is None else BACKENDS[1:-1]
+
+
+def auto_backend(
+    num_anchors: int,
+    num_contrasts: int | None = None,
+    *,
+    num_features: int,
+    num_classes: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> str:
+    """The backend that `backend="auto"` takes for a batch of such sizes.
+
+    Args:
+        num_anchors: A, samples times views.
+        num_contrasts: M, rows of `contrast_features`; None: the anchors are contrasted with each other.
+        num_features: D.
+        num_classes: C of label vectors; 0 for class numbers, and without labels. With a teacher, the sum of both.
+        dtype: Of the computation: float64, or float32 for everything else.
+        device: Of the features.
+
+    Returns:
+        One of `available_backends()`.
+
+    Example:
+        >>> auto_backend(128, num_features=128, num_classes=100)
+        'dense'
+        >>> auto_backend(8192, num_features=128, num_classes=100)
+        'tiled'
+    """
+    where = torch.device(device)
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    is_self = num_contrasts is None
+    contrasts = num_anchors if num_contrasts is None else num_contrasts
+    sizes = Sizes(num_anchors, contrasts, num_features, num_classes, is_self, computed, where.type)
+    return "dense" if sizes.dense_is_best() else _linear(computed, num_features, where)
+
+
+def choose(
+    backend: str,
+    anchors: Tensor,
+    num_contrasts: int,
+    num_classes: int = 0,
+    *,
+    is_self: bool = True,
+    may_be_dense: bool = True,
+) -> str:
+    """Resolve "auto" as `auto_backend` does; refuse another of `BACKENDS` if it cannot be used."""
+    num_anchors, num_features = anchors.shape
+    if backend != "dense" and may_be_dense and _is_transformed():
+        if backend == "auto":
+            return "dense"
+        raise RuntimeError(
+            f'backend "{backend}" has no rules for transforms of torch.func (grad, jacrev, vmap, forward-mode jvp); '
+            f'pass backend="dense" there'
+        )
+    if backend == "auto":
+        sizes = Sizes(
+            num_anchors, num_contrasts, num_features, num_classes, is_self, anchors.dtype, anchors.device.type
+        )
+        if may_be_dense and not _is_symbolic(num_anchors, num_contrasts) and sizes.dense_is_best():
+            return "dense"
+        return _linear(anchors.dtype, num_features, anchors.device)
+    if backend == "triton" and (reason := _why_not_triton(anchors.dtype, num_features, anchors.device)) is not None:
+        raise ValueError(f'backend "triton" cannot be used here: {reason}; "auto" takes another one')
+    return backend
+
+
+def _linear(dtype: torch.dtype, num_features: int, device: torch.device) -> str:
+    """The backend of linear memory."""
+    return "triton" if device.type == "cuda" and _why_not_triton(dtype, num_features, device) is None else "tiled"
+
+
+def _why_not_triton(dtype: torch.dtype, num_features: int, device: torch.device) -> str | None:
+    if dtype != torch.float32:
+        return f"it computes in float32, and the features ask for {dtype}"
+    if num_features > MAX_FEATURES:
+        return f"it takes up to {MAX_FEATURES} features in a row; got {num_features}"
+    reason: str | None = _unavailable(device)
+    return reason
+
+
+def _is_transformed() -> bool:
+    """Whether this runs within `torch.func.grad`, `vmap` and the like."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_symbolic(*sizes: int) -> bool:
+    """Whether an exported program is to serve other sizes too. Traced by Dynamo, a size does not tell."""
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return True
+    return torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+
+
+def constant(function: Any) -> Any:
+    """Have `torch.compile` take the result as it is while tracing.
+
+    What `torch.compiler.assume_constant_result` does, without importing the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+_unavailable = constant(fused.unavailable)

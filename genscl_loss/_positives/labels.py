@@ -1,0 +1,88 @@
+"""What makes positives: three kinds of labels, and the similarity w that each of them states."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from genscl_loss._library import matmul
+from genscl_loss._unit import unit_rows
+
+
+class ClassLabels(NamedTuple):
+    """Classes, w_ij = [anchors_i == contrasts_j]: (A,) and (M,)."""
+
+    anchors: Tensor
+    contrasts: Tensor
+    are_numbers: bool = False  # integers in [0, A + M), not just anything that can be compared
+
+
+class VectorLabels(NamedTuple):
+    """Label vectors, w_ij = anchors_i . contrasts_j / |anchors_i| |contrasts_j|: (A, C) and (M, C)."""
+
+    anchors: Tensor
+    contrasts: Tensor
+
+
+class Similarity(NamedTuple):
+    """The weights themselves: (A, M)."""
+
+    weights: Tensor
+
+
+Labels = ClassLabels | VectorLabels | Similarity
+
+
+def num_classes(labels: Labels) -> int:
+    """C of label vectors, 0 of other labels."""
+    return labels.anchors.shape[1] if isinstance(labels, VectorLabels) else 0
+
+
+def has_gradient(labels: Labels) -> bool:
+    """Whether anything is to be differentiated with respect to them."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in labels)
+
+
+def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtype) -> Tensor:
+    """w, (A, M), with zeros in the self terms."""
+    if isinstance(labels, ClassLabels):
+        weights = (labels.anchors[:, None] == labels.contrasts).to(dtype)
+    elif isinstance(labels, VectorLabels):
+        left = unit_rows(labels.anchors)
+        right = left if labels.contrasts is labels.anchors else unit_rows(labels.contrasts)
+        weights = matmul(left, right.T).to(dtype)
+    else:
+        weights = labels.weights.to(dtype, copy=True)
+    if self_offset is not None:
+        weights.diagonal(self_offset).zero_()
+    return weights
+
+
+def class_numbers(labels: ClassLabels) -> tuple[Tensor, Tensor]:
+    """Classes as numbers: those of anchors from zero, those of contrasts the same, or one more if no anchor has it.
+
+    By sorting the anchors' alone, for contrasts may be many more. `torch.unique` would make the host wait for a device.
+    """
+    a, b, are_numbers = labels
+    if are_numbers:
+        return a, b
+    left = _searchable(a)
+    values = left.sort().values
+    # How many classes come before each place, and before the end.
+    number = pad((values[1:] != values[:-1]).long(), (1, 1), value=1).cumsum(0) - 1
+    if b is a:
+        same = number[torch.searchsorted(values, left)]
+        return same, same
+    right = _searchable(b)
+    first, last = torch.searchsorted(values, right), torch.searchsorted(values, right, right=True)
+    return number[torch.searchsorted(values, left)], torch.where(first == last, number[-1], number[first])
+
+
+def _searchable(classes: Tensor) -> Tensor:
+    """The same classes as `torch.searchsorted` wants them, which does not know all dtypes."""
+    if classes.dtype == torch.uint64:
+        classes = classes.view(torch.int64)
+    elif classes.dtype in (torch.bool, torch.uint16, torch.uint32):
+        classes = classes.long()
+    return classes.contiguous()
