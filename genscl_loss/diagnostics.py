@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from genscl_loss._positives import ClassLabels, Labels, Similarity
 from genscl_loss._batch import make_batch
 from genscl_loss._checks import check_number
 from genscl_loss._choices import ContrastMode
 from genscl_loss._library import without_autocast
+from genscl_loss._positives import ClassLabels, Labels, Similarity
 from genscl_loss._unit import unit_pair, unit_rows
 
 _TILE = 1024  # edge of what is compared at once
