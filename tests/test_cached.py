@@ -518,13 +518,13 @@ def all_of(cases: list[tuple[tuple[int, ...], str, int]]) -> list[tuple[list[flo
 def test_several_processes(world, tmp_path: Path):
     """As many averages as steps, each of all parameters, whatever the numbers of chunks are."""
     cases = [(sizes, "ddp", num_views) for sizes in SIZES[world] for num_views in (1, 2)]
-    for found in distributed.run(world, all_of, tmp_path, cases):
+    for found in distributed.run(world, all_of, tmp_path, cases, limit=180):
         assert all(max(errors) < 1e-12 and averages == 3 for errors, averages in found), found
 
 
 def test_several_processes_otherwise(tmp_path: Path):
     cases = [((11, 3), "buffers", 2), ((11, 3), "inside", 2), ((11, 9), "fsdp", 2)]  # the last as many chunks
-    for found in distributed.run(2, all_of, tmp_path, cases):
+    for found in distributed.run(2, all_of, tmp_path, cases, limit=180):
         assert all(max(errors) < 1e-12 for errors, _ in found), found
 
 
@@ -552,7 +552,7 @@ def accumulated() -> tuple[int, float]:
 
 
 def test_no_sync_of_the_caller_stays_in_force(tmp_path: Path):
-    for averages, error in distributed.run(2, accumulated, tmp_path):
+    for averages, error in distributed.run(2, accumulated, tmp_path, limit=180):
         assert averages == 1
         assert error < 1e-12
 
@@ -592,7 +592,7 @@ def wrong_on_the_first() -> dict[str, str]:
 
 
 def test_what_one_process_raises_all_raise(tmp_path: Path):
-    first, second = distributed.run(2, wrong_on_the_first, tmp_path)
+    first, second = distributed.run(2, wrong_on_the_first, tmp_path, limit=180)
     assert first["nothing"] == second["nothing"]
     assert float(first.pop("nothing")) > 0
     for name, message in first.items():
