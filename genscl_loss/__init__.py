@@ -1,6 +1,6 @@
 """Generalized supervised contrastive loss for PyTorch: hard labels, soft labels or none, exact, in linear memory."""
 
-from genscl_loss.functional import available_backends, collapsed_loss, gen_supcon_loss, validate
+from genscl_loss.functional import auto_backend, available_backends, collapsed_loss, gen_supcon_loss, validate
 from genscl_loss.labels import cutmix, mixup, mixup_cutmix, smooth_labels, teacher_labels
 from genscl_loss.module import GenSupConLoss
 from genscl_loss.queue import FeatureQueue
@@ -11,6 +11,7 @@ __all__ = [
     "FeatureQueue",
     "GenSupConLoss",
     "__version__",
+    "auto_backend",
     "available_backends",
     "collapsed_loss",
     "cutmix",
