@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -66,6 +66,15 @@ def check_number(name: str, value: float, *, positive: bool = False, at_most: fl
         limit = "" if at_most == math.inf else f" and <= {at_most:g}"
         raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}{limit}; got {value}")
     return number
+
+
+def check_count(name: str, value: int) -> int:
+    """A positive Python integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer; got {kind(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    return int(value)
 
 
 def may_look_at(values: Tensor) -> bool:

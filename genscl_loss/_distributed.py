@@ -7,7 +7,9 @@ as large as those of the loss, and the averaging of DDP and FSDP over as many pr
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 _SIZES = 2  # that a process tells the others, at most
 _TEXT = 2048  # bytes of what a process says when there is something to say
+
+_refusing: ContextVar[Exception | None] = ContextVar("genscl_loss_refusing", default=None)
 
 
 class Members(NamedTuple):
@@ -76,11 +80,15 @@ class Members(NamedTuple):
         Raises:
             ValueError: On every process, if facts differ or a process called `refuse`.
         """
+        if (error := _refusing.get()) is not None:
+            self.refuse(error)
+            raise RuntimeError("this process refused to take part")
         return self._exchange("\n".join(f"{name}\t{value}" for name, value in facts.items()), sizes)
 
     def refuse(self, error: Exception) -> None:
         """Have the others raise instead of waiting for a process whose arguments are wrong."""
         # What the others say does not matter here, where `error` is about to be raised.
+        error = _refusing.get() or error
         text = f"\t{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self._exchange(text, (), raises=False)
 
@@ -98,6 +106,18 @@ class Members(NamedTuple):
 
     def _all(self, row: Tensor) -> Tensor:
         return gather(row, [1] * self.size, self)
+
+
+def refuse_in(call: Callable[[], object], error: Exception) -> None:
+    """Have `refuse` called, because of an error, in the place where a call would begin to communicate, if it does."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    token = _refusing.set(error)
+    try:
+        with torch.no_grad(), suppress(Exception):
+            call()
+    finally:
+        _refusing.reset(token)
 
 
 def _disagreement(texts: Sequence[str]) -> str:

@@ -13,8 +13,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# torch leaves this class, and `is_available` in `products.py`, without types: the two exceptions from strict checking.
-_library: Any = torch.library.Library("genscl_loss", "DEF")  # type: ignore[no-untyped-call]
+
+def _new_library() -> tuple[str, Any]:
+    """A namespace for operators and the library that defines them; another one for each copy that is imported."""
+    for number in range(1, 100):
+        namespace = "genscl_loss" if number == 1 else f"genscl_loss_{number}"
+        try:
+            # torch leaves this class, and `is_available` in `products.py`, without types: the two exceptions from
+            # strict checking.
+            return namespace, torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+        except RuntimeError:  # taken: a namespace has one library that defines it
+            continue
+    raise ImportError("genscl_loss cannot register its operators: 99 copies of it are loaded")
+
+
+_namespace, _library = _new_library()
 
 
 def _autocast_is_on(device: torch.device) -> bool:
@@ -37,7 +50,7 @@ def define_operator(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register `genscl_loss::name` for every device.
+    """Register an operator of the package for every device.
 
     Args:
         name: Name of the operator.
@@ -50,7 +63,7 @@ def define_operator(
     Returns:
         The operator, callable on tensors.
     """
-    qualified = f"genscl_loss::{name}"
+    qualified = f"{_namespace}::{name}"
 
     def run_kernel(*args: Any) -> Any:
         with without_autocast(args[0].device):
@@ -70,7 +83,7 @@ def define_operator(
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, run_backward, setup_context=save, lib=_library)
-    operator = getattr(torch.ops.genscl_loss, name).default
+    operator = getattr(getattr(torch.ops, _namespace), name).default
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:

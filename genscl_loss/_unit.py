@@ -23,8 +23,11 @@ def inverse_lengths(rows: Tensor) -> Tensor:
     """What `unit_rows` multiplies each row by, (N, 1)."""
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     constant = length.detach()
+    is_short = constant < 1e-18
     # One where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for zeros.
-    correction = (constant - constant).add_(constant < 1e-18)
+    correction = (constant - constant).add_(is_short)
+    if rows.requires_grad:  # the second derivative of the norm is NaN at zeros: no such row is to reach it
+        length = torch.linalg.vector_norm(rows.masked_fill(is_short, 1), dim=1, keepdim=True).masked_fill(is_short, 0)
     return (length + correction).reciprocal()
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -14,7 +14,15 @@ from genscl_loss._distributed import Members
 from genscl_loss.functional import gen_supcon_loss
 
 if TYPE_CHECKING:
+    from typing import ParamSpec, TypeVar
+
     from torch.distributed import ProcessGroup
+
+    _P = ParamSpec("_P")
+    _R = TypeVar("_R")
+
+    def _as(function: Callable[_P, _R]) -> Callable[[Callable[..., Any]], Callable[_P, _R]]: ...
+
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 1.0  # of a learnable temperature: logit scales from 1 to 100, as CLIP has
 _LOG_RANGE = (math.log(_MIN_TEMPERATURE), math.log(_MAX_TEMPERATURE))
@@ -184,8 +192,11 @@ class GenSupConLoss(nn.Module):
                 Members.of(self.group).refuse(error)
             raise
 
-    if TYPE_CHECKING:
-        __call__ = forward  # torch leaves the arguments of a call open; type checkers see these
+    if TYPE_CHECKING:  # torch leaves open what a module is called with
+
+        @_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Call `forward`, with its arguments."""
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults, and the temperature."""

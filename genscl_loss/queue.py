@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,12 +90,17 @@ class FeatureQueue(nn.Module):
     _labelled = True  # for queues that the first version pickled
 
     def __init__(
-        self, size: int, dim: int, num_classes: int | None = None, *, group: "ProcessGroup | None" = None
+        self,
+        size: int,
+        dim: int,
+        num_classes: int | None = None,
+        *,
+        group: "ProcessGroup | Literal['world'] | None" = None,
     ) -> None:
         super().__init__()
-        self.size = _positive("size", size)
-        self.dim = _positive("dim", dim)
-        self.num_classes = None if num_classes is None else _positive("num_classes", num_classes)
+        self.size: int = _positive("size", size)
+        self.dim: int = _positive("dim", dim)
+        self.num_classes: int | None = None if num_classes is None else _positive("num_classes", num_classes)
         if group is not None:
             Members.check(group)  # what is wrong with it shows here, not in the first step of training
         self.group = group

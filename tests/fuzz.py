@@ -41,7 +41,8 @@ WRONG_NUMBERS = (0, -1, float("nan"), float("inf"), "0.1", None, True, 1e-300, t
 def make_call(seed: int) -> tuple[dict[str, Any], list[str]]:
     """Arguments by name, and how they were spoiled."""
     choose, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
-    n, v, d, c = choose.randint(1, 9), choose.randint(1, 3), choose.choice([1, 2, 3, 8, 33]), choose.randint(1, 5)
+    n, v, c = choose.choice([0, *range(1, 10)]), choose.randint(1, 3), choose.randint(2, 5)
+    d = choose.choice([1 if v == 1 else 2, 2, 3, 8, 33])  # views of one number each are refused
     dtype = choose.choice(DTYPES)
     separate = choose.random() < 0.3
     m = choose.choice([0, 1, 2, 7, 20])
@@ -74,7 +75,7 @@ def make_call(seed: int) -> tuple[dict[str, Any], list[str]]:
     if kind == "classes":
         call["labels"] = classes(n)
     elif kind == "vectors":
-        call["labels"] = vectors(n)
+        call["labels"] = [vectors(n)] if v == 1 and c == d else vectors(n)  # of the shape of features: a second view?
     elif kind == "classes of views":
         call["labels"] = [classes(n) for _ in range(v)]
     elif kind == "vectors of views":
@@ -120,7 +121,7 @@ def spoil(call: dict[str, Any], choose: random.Random) -> str:
     )
     try:
         changed = change(tensor.clone(), how, choose)
-    except (RuntimeError, IndexError):  # this one has no rows, no columns or no such dtype
+    except (RuntimeError, IndexError, TypeError):  # it has no rows or columns, is sparse, or knows no such dtype
         return ""
     call[name] = [changed if x is tensor else x for x in value] if isinstance(value, list) else changed
     return f"{name}: {how}"
@@ -143,7 +144,7 @@ def change(x: Tensor, how: str, choose: random.Random) -> Tensor:
         "empty": lambda: x[:0],
         "int": lambda: x.round().long(),
         "bool": lambda: x > 0,
-        "half": lambda: x.half(),
+        "half": lambda: x if x.is_complex() else x.half(),
         "complex": lambda: x.to(torch.complex64),
         "strides": lambda: torch.stack([x, x], -1)[..., 0],
         "meta": lambda: x.to("meta"),
@@ -181,6 +182,9 @@ def outcome(call: dict[str, Any], spoiled: list[str]) -> str:
     for name in given:
         if "labels" in name or ("features" in name and given.get("normalize", True)):
             given[name] = without_short_rows(given[name])
+    given["temperature"] = float(
+        given["temperature"]
+    )  # NumPy would divide a number of half precision in half precision
     with torch.no_grad():
         found = torch.as_tensor(oracle_loss(**to_numpy(given)), dtype=torch.float64)
     wanted = reference_loss(**given)

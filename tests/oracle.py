@@ -24,7 +24,7 @@ def split_views(array) -> list[np.ndarray]:
     if array.ndim == 2:
         return [array]
     number, views = array.shape[:2]
-    return [array[:, v].reshape(number, -1) for v in range(views)]
+    return [array[:, v].reshape(number, math.prod(array.shape[2:])) for v in range(views)]
 
 
 def unit(row: np.ndarray) -> np.ndarray:

@@ -489,9 +489,9 @@ def wrong_somewhere() -> dict[str, str]:
         "bad labels on all": lambda: loss(z, y[:2]),
         "bad temperature": lambda: loss(z, y, temperature=when(last, -1.0, 0.07)),
         "NaN in labels": lambda: loss(z, when(last, soft * float("nan"), soft)),
-        "empty batch": lambda: loss(when(last, z[:0], z), when(last, y[:0], y)),
+        "no features": lambda: loss(when(last, z[:, :0], z), y),
         "similarity": lambda: loss(z, None, label_similarity=torch.ones(3, 3)),
-        "not a group": lambda: gen_supcon_loss(z, y, group="world"),
+        "not a group": lambda: gen_supcon_loss(z, y, group="all"),
         "not a member": lambda: gen_supcon_loss(z, y, group=some) if rank else None,
     }
 
@@ -537,7 +537,7 @@ REFUSED = {
     "bad labels": r"ValueError: labels must be",
     "bad temperature": r"ValueError: temperature must be",
     "NaN in labels": r"ValueError: labels has NaN",
-    "empty batch": r"ValueError: features must be .* none of the sizes zero",
+    "no features": r"ValueError: features must be .* V and D at least 1",
 }
 
 
@@ -551,7 +551,9 @@ def test_every_process_says_what_is_wrong(tmp_path: Path):
             assert re.search(prefix + text, said.pop(name)), (rank, name)
         assert re.search("^ValueError: labels must be", said.pop("bad labels on all"))
         assert re.search("^ValueError: label_similarity cannot be combined with group", said.pop("similarity"))
-        assert re.search("^TypeError: group must be a torch.distributed.ProcessGroup.*got str", said.pop("not a group"))
+        assert re.search(
+            "^TypeError: group must be .* a torch.distributed.ProcessGroup; got 'all'", said.pop("not a group")
+        )
         member = said.pop("not a member")
         assert not member if rank == 0 else re.search("^ValueError: group does not contain this process", member)
         assert float(said.pop("then")) == pytest.approx(collapsed_loss(11), rel=1e-5)
@@ -560,10 +562,12 @@ def test_every_process_says_what_is_wrong(tmp_path: Path):
 
 def test_a_group_before_initialization():
     features = torch.randn(4, 2, 3)
-    with pytest.raises(TypeError, match=r"^group must be a torch\.distributed\.ProcessGroup"):
+    with pytest.raises(TypeError, match=r"^group must be \"world\".* or a torch\.distributed\.ProcessGroup; got bool"):
         gen_supcon_loss(features, group=True)
-    with pytest.raises(TypeError, match=r"^group must be a torch\.distributed\.ProcessGroup"):
-        GenSupConLoss(group="world")
+    with pytest.raises(TypeError, match=r"^group must be \"world\".* got 'all'"):
+        GenSupConLoss(group="all")
+    with pytest.raises(ValueError, match=r"^group=\"world\" needs"):
+        gen_supcon_loss(features, group="world")
     if dist.group.WORLD is None:
         assert gen_supcon_loss(features, group=dist.group.WORLD) == gen_supcon_loss(features)
 
@@ -668,3 +672,58 @@ def test_bytes_of_a_self_contrast(kind, features, tmp_path: Path):
             assert forward == (rows * size * D + 8 * C * (D + 1), 2)
             assert backward == (rows * 2 * 4 + 8 * C * (D + 1), 2)
         assert largest < rows * 2 * n / 2  # no matrix of all pairs, not even of this process's anchors
+
+
+def named_world() -> list[float]:
+    """The loss of all processes: with the group, and with its name, given before the group is asked for."""
+    criterion = GenSupConLoss(group="world")
+    batch = batch_of({}, 3 + dist.get_rank(), dist.get_rank())
+    features = batch["inputs"][..., :D]
+    return [
+        float(criterion(features, batch["labels"])),
+        float(gen_supcon_loss(features, batch["labels"], group=dist.group.WORLD)),
+    ]
+
+
+def test_the_world_has_a_name(tmp_path: Path):
+    results = distributed.run(2, named_world, tmp_path)
+    assert len({value for found in results for value in found}) == 1
+
+
+def refusals(kind: str) -> str:
+    """What each process raises where process 1 does something that is wrong."""
+    features, labels, options = torch.randn(4, 6), torch.arange(4) % 2, {}
+    if kind == "sharded":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (2,))
+        try:
+            gen_supcon_loss(distribute_tensor(features, mesh, [Shard(0)]), labels)
+        except TypeError as error:
+            return str(error)
+    if dist.get_rank() == 1:
+        options = {"unknown": {"labells": labels}, "precision": {}, "shape": {"sample_weight": torch.ones(3)}}[kind]
+        if kind == "precision" and hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        return str(float(GenSupConLoss(group="world")(features, labels, **options)))
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+def test_sharded_tensors_are_refused_by_name(tmp_path: Path):
+    for said in distributed.run(2, refusals, tmp_path, "sharded"):
+        assert re.match(r"features must be a tensor of one process; got a DTensor: .*full_tensor\(\)", said)
+
+
+@pytest.mark.parametrize("kind, message", [("unknown", "labells is no argument"), ("shape", "sample_weight must be")])
+def test_what_one_process_does_wrong_is_raised_on_all(kind, message, tmp_path: Path):
+    others, own = distributed.run(2, refusals, tmp_path, kind)
+    assert own.startswith(message)
+    assert re.match(f"group: process 1 could not take part: (Type|Value)Error: {message}", others)
+
+
+def test_a_setting_of_one_process_hangs_none(tmp_path: Path):
+    first, second = distributed.run(2, refusals, tmp_path, "precision")
+    assert float(first) == float(second)

@@ -471,6 +471,8 @@ def test_everything_in_all_exists_and_nothing_is_missing():
         "mixup_cutmix",
         "collapsed_loss",
         "auto_backend",
+        "cached_backward",
+        "contrastive_accuracy",
         "available_backends",
         "validate",
         "__version__",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,9 @@ ROOT = Path(genscl_loss.__file__).parent
 
 # Each module and the modules of the package that it may import. A new file gets a line here, or the tests fail.
 ARROWS = {
-    "genscl_loss": {"module", "functional", "labels", "queue"},
+    "genscl_loss": {"cached", "diagnostics", "functional", "labels", "module", "queue"},
+    "cached": {"_checks", "_distributed", "_library"},
+    "diagnostics": {"_batch", "_checks", "_choices", "_library", "_positives", "_unit"},
     "module": {"functional", "_checks", "_choices", "_distributed"},
     "functional": {
         "_batch",
@@ -155,3 +159,21 @@ def test_the_parser_tells_import_time_from_later():
     path = FILES["functional"]
     assert absolute_imports(runs_at_import(ast.parse(later)), path) == {"typing"}
     assert "triton" in absolute_imports(runs_at_import(ast.parse("try:\n    import triton\nexcept E:\n    pass")), path)
+
+
+TWICE = """
+import sys, torch, genscl_loss
+features, labels = torch.randn(600, 8), torch.arange(600) % 4
+first = genscl_loss.gen_supcon_loss(features, labels, backend="tiled")
+for name in [name for name in sys.modules if name.startswith("genscl_loss")]:
+    del sys.modules[name]
+import genscl_loss as other
+for copy in (genscl_loss, other):
+    assert torch.equal(copy.gen_supcon_loss(features, labels, backend="tiled"), first)
+"""
+
+
+def test_two_copies_can_be_loaded():
+    subprocess.run(
+        [sys.executable, "-c", TWICE], check=True, cwd=ROOT.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )

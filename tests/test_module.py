@@ -282,3 +282,20 @@ def test_a_subclass_may_have_a_forward_of_its_own():
     q, k, classes = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 2
     expected = gen_supcon_loss((q, k), classes, temperature=0.1)
     torch.testing.assert_close(TwoViews(temperature=0.1)(q, k, classes), expected)
+
+
+def test_a_learnable_temperature_can_be_made_without_memory():
+    with torch.device("meta"):
+        criterion = GenSupConLoss(0.2, learnable_temperature=True)
+    assert "temperature=?" in repr(criterion)
+    criterion.to_empty(device="cpu").reset_parameters()
+    assert criterion.temperature.item() == pytest.approx(0.2)
+    GenSupConLoss(0.2).reset_parameters()  # nothing to do
+
+
+def test_all_processes_can_be_named_before_there_are_any():
+    criterion = copy.deepcopy(GenSupConLoss(group="world"))
+    assert pickle.loads(pickle.dumps(criterion)).group == "world"
+    assert "group='world'" in repr(criterion)
+    with pytest.raises(ValueError, match="^group.*init_process_group"):
+        criterion(FEATURES, LABELS)

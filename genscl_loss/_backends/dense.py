@@ -46,5 +46,6 @@ def _logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequenc
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
         # Behind autograd's back: probability and weight are zero there, and so is every derivative.
-        logits.detach().diagonal(offset).fill_(torch.finfo(logits.dtype).min)
+        # By slices: an offset in `diagonal` would be a constant of a compiled graph.
+        logits.detach()[max(0, -offset) :, max(0, offset) :].diagonal().fill_(torch.finfo(logits.dtype).min)
     return logits
