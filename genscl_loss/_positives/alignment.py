@@ -141,7 +141,7 @@ def _weights(given: Labelled, columns: int) -> tuple[Weights, torch.dtype]:
         on_cpu = a.device.type == "cpu"
         width = 1 + (max((int(y.max()) for y in sides if len(y)), default=0) if on_cpu else sum(map(len, sides)))
         left = Classes(a, width)
-        return Weights(left, left if itself else Classes(b, width), offset, by_class), sum_dtype(z)
+        return Weights(left, left if itself else Classes(b, width), offset, by_class), z.dtype
     a_factor = inverse_lengths(a)
     b_factor = a_factor if itself else inverse_lengths(b)
     way, dtype = _cheapest_way(
