@@ -121,7 +121,7 @@ class _Equation(torch.autograd.Function):
 def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     if not normalize:
         return rows, None
-    factor = inverse_lengths(rows)
+    factor = inverse_lengths(rows.detach())
     return rows * factor, factor
 
 
