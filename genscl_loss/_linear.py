@@ -182,7 +182,7 @@ def _unit(rows: Tensor | None, normalize: bool) -> tuple[Any, Any]:
     """Rows of unit length, or as they are, and what they were multiplied by."""
     if rows is None or not normalize:
         return rows if rows is None else rows.contiguous(), None
-    factor = inverse_lengths(rows)
+    factor = inverse_lengths(rows.detach())
     return (rows * factor).contiguous(), factor
 
 
