@@ -21,9 +21,11 @@ def unit_pair(anchors: Tensor, contrasts: Tensor | None, normalize: bool) -> tup
 
 def inverse_lengths(rows: Tensor) -> Tensor:
     """What `unit_rows` multiplies each row by, (N, 1)."""
-    constant: Tensor = torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    constant = length.detach()
     is_short = constant < 1e-18
-    # A constant length of one where the row is too short, and that before the norm is taken, whose second derivative at
-    # zeros is NaN. Plus NaN where squares overflow: divided by infinity, the row would pass for zeros.
-    length: Tensor = torch.linalg.vector_norm(rows.masked_fill(is_short, 1), dim=1, keepdim=True)
+    if rows.requires_grad:  # zeros replaced before the norm is taken: its second derivative there is NaN
+        length = torch.linalg.vector_norm(rows.masked_fill(is_short, 1), dim=1, keepdim=True)
+    # A constant one where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for
+    # zeros.
     return (length.masked_fill(is_short, 1) + (constant - constant)).reciprocal()
