@@ -24,8 +24,8 @@ def inverse_lengths(rows: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     constant = length.detach()
     is_short = constant < 1e-18
-    if rows.requires_grad:  # zeros replaced before the norm is taken: its second derivative there is NaN
-        length = torch.linalg.vector_norm(rows.masked_fill(is_short, 1), dim=1, keepdim=True)
+    if rows.requires_grad:  # the norm again, without zeros: its second derivative there is NaN
+        length = torch.linalg.vector_norm(rows + is_short, dim=1, keepdim=True)
     # A constant one where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for
     # zeros.
     return (length.masked_fill(is_short, 1) + (constant - constant)).reciprocal()

@@ -93,10 +93,10 @@ def chunks_of_an_accelerator(monkeypatch):
 @pytest.mark.parametrize(
     ("labels", "backend", "forward", "backward"),
     [
-        ("none", "dense", 36, 33),
-        ("hard", "dense", 25, 23),
-        ("soft", "dense", 31, 23),
-        ("none", "tiled", 26, 28),
+        ("none", "dense", 36, 32),
+        ("hard", "dense", 25, 22),
+        ("soft", "dense", 31, 22),
+        ("none", "tiled", 26, 27),
         ("hard", "tiled", 34, 26),
         ("soft", "tiled", 38, 29),
         ("none", "triton", 33, 29),
