@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from genscl_loss import _dense as dense
 from genscl_loss import _linear as linear
-from genscl_loss._backends import available_backends, choose, dense, float32_precision, row_lse
+from genscl_loss._backends import auto_backend, available_backends, choose, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_number, check_tensor, check_values, may_look_at, unknown_arguments, validate
 from genscl_loss._choices import (
@@ -30,7 +31,7 @@ from genscl_loss._unit import unit_pair
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
+__all__ = ["auto_backend", "available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
 
 _EPS = 1e-8  # of the paper's code: an anchor with this much positive mass or less has no positives
 
@@ -304,17 +305,14 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
     )
     if backend == "dense" or batch.num_contrasts == 0:
+        if batch.num_contrasts > 0 and batch.partner is None:
+            weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]
+            return dense.log_likelihoods(anchors, contrasts, scale, weights, self_offset, batch.normalize)
         z, others = unit_pair(anchors, contrasts, batch.normalize)
         if batch.num_contrasts == 0:
             return no_log_likelihoods(z, others, scale, len(batch.all_labels))
-        if batch.partner is not None:
-            return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
-        log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
-        return [
-            dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype))
-            for labels in batch.all_labels
-        ]
-    self_offset, precision = batch.self_offset, _precision(batch)
+        return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
+    precision = _precision(batch)
     constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
     if len(constant) == len(batch.all_labels):
         partner = batch.partner if backend == "tiled" else None

@@ -142,12 +142,23 @@ def auto_backend(
     Returns:
         One of `available_backends()`.
 
+    Raises:
+        ValueError: A number is negative.
+
     Example:
         >>> auto_backend(128, num_features=128, num_classes=100)
         'dense'
         >>> auto_backend(8192, num_features=128, num_classes=100)
         'tiled'
     """
+    for name, number in (
+        ("num_anchors", num_anchors),
+        ("num_contrasts", num_contrasts or 0),
+        ("num_features", num_features),
+        ("num_classes", num_classes),
+    ):
+        if number < 0:
+            raise ValueError(f"{name} must be >= 0; got {number}")
     where = torch.device(device)
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     is_self = num_contrasts is None
