@@ -21,10 +21,10 @@ if INTERPRETED:
 
 # Test bodies run once per backend through the `backend` fixture, which hypothesis would otherwise refuse.
 _SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors]
-settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=_SUPPRESSED)
-settings.register_profile(
-    "ci", deadline=None, max_examples=50, derandomize=True, print_blob=True, suppress_health_check=_SUPPRESSED
-)
+_settings = {"deadline": None, "suppress_health_check": _SUPPRESSED}
+settings.register_profile("dev", max_examples=20, **_settings)
+settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_settings)
+settings.register_profile("all", max_examples=100, derandomize=True, print_blob=True, **_settings)  # make test-all
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 LIMIT = 60  # seconds: a hang is a failure
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["numpy", "pytest", "torch.distributed"])  # what takes long to import, once for all tests
+# What takes long to import is imported once, and forked. Threads would not be: nothing is computed there.
+FORKS.set_forkserver_preload(["numpy", "pytest", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 def run(world: int, function: Callable[..., Any], folder: Path, *arguments: Any, limit: float = LIMIT) -> list[Any]:
