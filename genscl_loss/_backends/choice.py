@@ -42,7 +42,7 @@ class Costs:
 # number of launches and the rates of an H100, none of them measured.
 _COSTS = {
     "cpu": {
-        torch.float32: Costs(350_000_000, 5_000, 1_000, 1_390_000_000, 1_900, 4_400, 12_000),
+        torch.float32: Costs(400_000_000, 6_000, 2_000, 1_350_000_000, 2_800, 6_000, 11_500),
         torch.float64: Costs(350_000_000, 10_000, 2_000, 1_390_000_000, 6_000, 9_000, 36_000),
     },
     "cuda": {
