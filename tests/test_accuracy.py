@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +210,22 @@ def test_every_derivative_of_dense_passes_what_keeps_the_loss_from_being_negativ
         end = x.requires_grad_()
         ends.append(torch.autograd.grad(loss(end), end)[0])
     torch.testing.assert_close(second, (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+# ---- The table ----
+
+
+def test_the_table_of_errors_is_made_and_keeps_its_bounds(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    table = importlib.import_module("accuracy")
+    assert table.main(["--smoke", "--backends", "dense", "tiled", "--out", str(tmp_path)]) == 0
+    entries = json.loads((tmp_path / "accuracy.json").read_text())["accuracy"]
+    assert {entry["labels"] for entry in entries} == set(table.KINDS)
+    assert capsys.readouterr().out.count("labels  ") >= 1
+    for entry in entries:
+        assert entry["above"] * 0.9 <= entry["loss"]
+        for found in entry["errors"].values():
+            assert found["row"] <= 4
+            assert found["loss"] <= 4 * EPS / entry["temperature"]
+            if entry["labels"] == "views":
+                assert found["gradient"] <= 4 * EPS / entry["temperature"]
