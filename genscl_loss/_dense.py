@@ -84,26 +84,24 @@ class _Equation(torch.autograd.Function):
             others, other_factor = (z, factor) if contrasts is None else _unit(contrasts, normalize)
             log_p = dense.log_softmax(z, others, scale, self_offset)
             likelihoods = tuple((w * log_p).sum(1) for w in weights)
-        # Not z: it is made again, from what there is anyway.
-        ctx.save_for_backward(anchors, contrasts, scale, log_p, factor, other_factor, *weights_and_masses)
+        rows = (anchors, contrasts, z, None if contrasts is None else others)
+        ctx.save_for_backward(*rows, scale, log_p, factor, other_factor, *weights_and_masses)
         ctx.self_offset, ctx.normalize = self_offset, normalize
         return likelihoods
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, contrasts, scale, log_p, factor, other_factor, *rest = ctx.saved_tensors
+        anchors, contrasts, z, others, scale, log_p, factor, other_factor, *rest = ctx.saved_tensors
         weights, masses, wanted = rest[: len(grads)], rest[len(grads) :], ctx.needs_input_grad[:3]
         none = [None] * (2 + len(rest))
         with without_autocast(anchors.device):
             if torch.is_grad_enabled():
                 return *_again(ctx, (anchors, contrasts, scale), weights, grads), *none
-            z = anchors if factor is None else anchors * factor
-            others = z if contrasts is None else contrasts if other_factor is None else contrasts * other_factor
             total = sum(c * mass for c, mass in zip(grads, masses, strict=True))
             d_logits = log_p.exp().mul_(total.neg()[:, None])
             for c, w in zip(grads, weights, strict=True):
                 d_logits.addcmul_(w, c[:, None])
-            d_z = d_logits @ others
+            d_z = d_logits @ (z if others is None else others)
             d_scale = (z * d_z).sum().to(scale.dtype) if wanted[2] else None
             d_others = None
             if contrasts is None:

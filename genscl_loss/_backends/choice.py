@@ -42,8 +42,8 @@ class Costs:
 # number of launches and the rates of an H100, none of them measured.
 _COSTS = {
     "cpu": {
-        torch.float32: Costs(350_000_000, 5_000, 1_000, 1_390_000_000, 1_900, 4_400, 12_000),
-        torch.float64: Costs(350_000_000, 10_000, 2_000, 1_390_000_000, 6_000, 9_000, 36_000),
+        torch.float32: Costs(590_000_000, 6_700, 2_200, 1_990_000_000, 3_900, 8_000, 11_000),
+        torch.float64: Costs(590_000_000, 12_300, 3_100, 1_990_000_000, 3_600, 9_500, 25_000),
     },
     "cuda": {
         torch.float32: Costs(110_000_000, 25, 10, 200_000_000, 2, 20, 40),
