@@ -659,9 +659,12 @@ def test_parts_of_a_rectangle_add_up(many_multiprocessors, a, m, self_offset, ta
     assert max(many_multiprocessors) > 1
 
 
-def test_parts_add_up_where_each_row_is_read_piece_by_piece(many_multiprocessors):
-    check(rows(300, 600))
-    check(rows(150, 600), rows(300, 600, seed=1), self_offset=40)
+@pytest.mark.parametrize("m", [None, pytest.param(300, marks=pytest.mark.exhaustive)])
+def test_parts_add_up_where_each_row_is_read_piece_by_piece(many_multiprocessors, m):
+    if m is None:
+        check(rows(300, 600))
+    else:
+        check(rows(150, 600), rows(m, 600, seed=1), self_offset=40)
     assert min(many_multiprocessors) > 1
 
 
