@@ -19,14 +19,13 @@ help:  ## Show this list
 
 setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
 
-test: lint types setup  ## Lint, check types, run the tests: minutes
+test: lint types setup  ## Lint, check types, run the tests: five to six minutes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 # Properties again, with five times the examples.
-test-all: setup  ## Run the tests that `make test` leaves out, and its own with the oldest PyTorch: half an hour
+test-all: setup  ## Run the tests that `make test` leaves out: a quarter of an hour
 	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) \
 	    -m 'exhaustive or hypothesis' $(ARGS)
-	$(MAKE) test-oldest
 
 lint: setup  ## Run ruff
 	$(BIN)/python -m ruff check .
