@@ -338,7 +338,10 @@ def _log_likelihood_of_pairs(
         unit=batch.normalize, precision=_precision(batch), backend=backend, partner=batch.partner,
     )  # fmt: skip
     positives = _partners(z if others is None else others, batch.partner or 0, z.shape[0])
-    log_p = torch.nn.functional.logsigmoid((z * positives).sum(1) * scale - lse)
+    positive = (z * positives).sum(1) * scale
+    log_p = torch.nn.functional.logsigmoid(positive - lse)
+    if not batch.normalize:
+        log_p = log_p + positive.detach() * 0  # NaN if it is infinite: it would pass for one that is merely near
     return log_p, torch.ones_like(log_p).detach()
 
 

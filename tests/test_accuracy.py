@@ -111,6 +111,8 @@ def test_an_infinite_row_of_pairs_is_never_merely_far_away(backend, where):
     (features if where == "features" else contrasts)[1, 0] = -math.inf
     loss = gen_supcon_loss(features, contrast_features=contrasts, normalize=False, backend=backend)
     assert not loss.isfinite()
+    alone = gen_supcon_loss([torch.tensor([[math.inf]]), torch.tensor([[1.0]])], normalize=False, backend=backend)
+    assert not alone.isfinite()  # and nothing that it could be far from
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.07])
