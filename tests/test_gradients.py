@@ -550,7 +550,8 @@ def test_a_gradient_penalty_is_finite_for_a_label_row_of_zeros():
     leaves = [leaf(x), leaf(y)]
     others = torch.arange(N) != 2
     # the loss of the unlabelled row itself, 0 / 1e-8, has enormous derivatives of the labels: leave it out
-    losses = gen_supcon_loss(*leaves, temperature=0.3, base_temperature=None, reduction="none", backend="dense")
+    options = {"temperature": 0.3, "base_temperature": None, "reduction": "none", "backend": "dense"}
+    losses = gen_supcon_loss(leaves[0], [leaves[1]], **options)  # of as many classes as there are features
     found = penalised(losses[others].sum(), *leaves)
     copies = [leaf(x), leaf(y)]
     z, u = unit_or_zeros(copies[0]), unit_or_zeros(copies[1])

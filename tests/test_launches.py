@@ -131,8 +131,8 @@ def test_few_calls_into_torch(labels, backend):
     ("labels", "backend", "forward", "backward"),
     [
         ("none", "dense", 37, 33),
-        ("hard", "dense", 21, 19),
-        ("soft", "dense", 25, 19),
+        ("hard", "dense", 21, 18),
+        ("soft", "dense", 25, 18),
         ("none", "tiled", 30, 36),
         ("hard", "tiled", 34, 40),
         ("soft", "tiled", 36, 42),
