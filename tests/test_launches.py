@@ -130,7 +130,7 @@ def test_few_calls_into_torch(labels, backend):
 @pytest.mark.parametrize(
     ("labels", "backend", "forward", "backward"),
     [
-        ("none", "dense", 37, 33),
+        ("none", "dense", 27, 21),
         ("hard", "dense", 21, 18),
         ("soft", "dense", 25, 18),
         ("none", "tiled", 30, 36),
