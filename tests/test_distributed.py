@@ -667,10 +667,10 @@ def test_bytes_of_a_self_contrast(kind, features, tmp_path: Path):
     for forward, backward, largest in distributed.run(world, bytes_of_a_step, tmp_path, case, n):
         if kind == "hard":
             assert forward == (rows * (size * D + 8), 2)
-            assert backward == (rows * (3 * 4 + 4), 2)
+            assert backward == (rows * (2 * 4 + 4), 2)
         else:
             assert forward == (rows * size * D + 8 * C * (D + 1), 2)
-            assert backward == (rows * 3 * 4 + 8 * C * (D + 1), 2)
+            assert backward == (rows * 2 * 4 + 8 * C * (D + 1), 2)
         assert largest < rows * 2 * n / 2  # no matrix of all pairs, not even of this process's anchors
 
 
