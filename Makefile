@@ -17,7 +17,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  ARGS=... is passed on to pytest, mkdocs, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
 
-setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
+setup: $(VENV)/.installed-dev $(VENV)/.documenting  ## Create .venv and install the package with all development tools
 
 test: lint types setup  ## Lint, check types, run the tests: five to six minutes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
@@ -39,7 +39,7 @@ coverage: setup  ## Run the tests and list the lines and branches that none of t
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-docs: $(VENV)/.installed-docs  ## Build the documentation: site/index.html
+docs: $(VENV)/.documenting  ## Build the documentation: site/index.html (without torch)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
@@ -75,7 +75,8 @@ test-oldest: $(VENV)/.created  ## Run the tests with the oldest PyTorch that is 
 	grep -vE '^(torch|triton|numpy)==' constraints.txt > build/oldest/constraints.txt
 	printf '%s\n' $(OLDEST) >> build/oldest/constraints.txt
 	$(BIN)/python -m venv build/oldest/.venv
-	build/oldest/.venv/bin/python -m pip install --quiet --editable '.[dev]' --constraint build/oldest/constraints.txt
+	build/oldest/.venv/bin/python -m pip install --quiet --editable '.[dev]' --requirement docs/requirements.txt \
+	    --constraint build/oldest/constraints.txt
 	build/oldest/.venv/bin/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
@@ -91,8 +92,12 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(VENV)/.documenting: $(VENV)/.created docs/requirements.txt constraints.txt
+	$(BIN)/python -m pip install --quiet --requirement docs/requirements.txt --constraint constraints.txt
+	@touch $@
+
 # One stamp for each extra of pyproject.toml. `dev` contains the others, so it brings their stamps along.
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing genscl-loss[$*] into $(VENV) (minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable '.[$*]' --constraint constraints.txt
-	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/.installed-,bench docs examples))
+	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/.installed-,bench examples))

@@ -253,7 +253,7 @@ def _total(
 def collapsed_loss(
     num_contrasts: int, temperature: float | Tensor = 0.07, base_temperature: float | None = 0.07
 ) -> float:
-    r"""Loss of a collapsed model, one whose embeddings are all equal: :math:`\log(M) \, \tau / \tau_{\mathrm{base}}`.
+    """Loss of a collapsed model, one whose embeddings are all equal: `log(M) * tau / tau_base`.
 
     A loss that stays at this number ("stuck at 6.92") says that the model maps everything to one point, or that
     training has not moved it from there. It does not depend on the labels, provided that all anchors have positives.

@@ -73,8 +73,8 @@ def test_the_pictures_are_where_it_says(smoke, name):
     picture = (folder / name).read_bytes()
     assert picture.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", picture[16:24])
-    assert width > 1500
-    assert height > 400
+    assert width > 900
+    assert height > 350
     assert len(picture) > 20_000
 
 

@@ -96,7 +96,7 @@ def test_metadata(metadata):
     assert metadata["Requires-Python"] == f">={PYTHONS[0]}"
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line)[0] for line in required] == ["torch"]
-    assert set(metadata.get_all("Provides-Extra")) == {"bench", "dev", "docs", "examples", "release", "triton"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "dev", "examples", "release", "triton"}
 
 
 @needs_sources
