@@ -1,7 +1,7 @@
 """A registered comparison of training methods: do what is missing of a plan, each run once, whatever interrupts it.
 
     python benchmarks/compare_training.py --data PATH           # benchmarks/training/plan.json, in its order
-    python benchmarks/compare_training.py --data PATH --list    # what is done and what is missing
+    python benchmarks/compare_training.py --list                # what is done and what is missing
     python benchmarks/compare_training.py --data PATH --again few/supcon/0    # once more: the same to the last bit?
 
 The plan says what is compared, and `benchmarks/training/REGISTRATION.md` why. Runs are those of
@@ -17,15 +17,14 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,98 +33,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also of the runs: sums in another order w
 
 import torch
 from report import describe_machine, describe_versions, git_commit
+from training_plan import BENCHMARKS, PLAN, Plan, Run
 
-BENCHMARKS = Path(__file__).resolve().parent
 TRAINER = BENCHMARKS.parent / "examples" / "train_cifar.py"
-PLAN = BENCHMARKS / "training" / "plan.json"
 LOCAL_OPTIONS = {"data", "data_folder", "device", "out", "resume", "smoke", "teacher"}  # of no meaning elsewhere
-
-
-# ------------------------------------------------------------------ the plan
-@dataclass(frozen=True)
-class Run:
-    """One training: a variant (a method with its options) of a stage, with a seed."""
-
-    stage: str
-    method: str
-    options: tuple[tuple[str, Any], ...]  # those in which variants of the stage differ
-    seed: int
-
-    @property
-    def variant(self) -> str:
-        return ",".join([self.method, *(f"{name}={value}" for name, value in self.options)])
-
-    @property
-    def name(self) -> str:
-        return f"{self.stage}/{self.variant}/{self.seed}"
-
-
-class Plan:
-    """What is to be run, in which order, and the results so far.
-
-    The file has "common" options of the trainer, "methods" (each with its "options", and its "teacher" if it has one)
-    and "stages": "variants" (a method and the options that set it apart), "seeds", "options", and "settings_from", the
-    stage in which the options named in "chosen" were chosen for each method.
-    """
-
-    def __init__(self, path: Path, results: Path) -> None:
-        self.content = json.loads(path.read_text(encoding="utf-8"))
-        self.results = results
-
-    def runs(self) -> list[Run]:
-        """Seed by seed, so that pairs are complete early."""
-        return [run for name in self.content["stages"] for run in self.stage(name)]
-
-    def stage(self, name: str) -> list[Run]:
-        stage = self.content["stages"][name]
-        runs = []
-        for seed in stage["seeds"]:
-            for variant in stage["variants"]:
-                options = tuple((k, v) for k, v in variant.items() if k not in ("method", "seeds"))
-                if seed in variant.get("seeds", stage["seeds"]):
-                    runs.append(Run(name, variant["method"], options, seed))
-        return runs
-
-    def file(self, run: Run) -> Path:
-        return self.results / run.stage / run.variant / f"{run.seed}.json"
-
-    def result(self, run: Run) -> dict[str, Any] | None:
-        file = self.file(run)
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-    def chosen(self, method: str, stage: str) -> tuple[tuple[str, Any], ...] | None:
-        """The options of the best variant of a method on validation images; None as long as one is missing."""
-        scores: dict[tuple[tuple[str, Any], ...], list[float]] = {}
-        for run in (run for run in self.stage(stage) if run.method == method):
-            if (result := self.result(run)) is None:
-                return None
-            scores.setdefault(run.options, []).append(result["results"]["linear"][0])
-        return max(scores, key=lambda options: statistics.mean(scores[options]))  # the first one of equals
-
-    def teacher(self, run: Run) -> Run | None:
-        """Of the same stage and seed; of several, the best on validation images. The first one if that is open."""
-        found = self.teachers(run)
-        if len(found) > 1 and (best := self.chosen(found[0].method, run.stage)) is not None:
-            found = [other for other in found if other.options == best]
-        return found[0] if found else None
-
-    def teachers(self, run: Run) -> list[Run]:
-        method = self.content["methods"][run.method].get("teacher")
-        return [other for other in self.stage(run.stage) if (other.method, other.seed) == (method, run.seed)]
-
-    def needs(self, run: Run) -> list[Run]:
-        """The runs that have to be finished before this one."""
-        source = self.content["stages"][run.stage].get("settings_from")
-        needed = [other for other in self.stage(source) if other.method == run.method] if source else []
-        return needed + self.teachers(run)
-
-    def settings(self, run: Run) -> dict[str, Any]:
-        """The trainer's options of a run whose needs are met."""
-        stage = self.content["stages"][run.stage]
-        options = self.content["common"] | stage["options"] | self.content["methods"][run.method]["options"]
-        if source := stage.get("settings_from"):
-            options |= dict(self.chosen(run.method, source) or ())
-        return options | dict(run.options) | {"seed": run.seed, "subset_seed": run.seed}
 
 
 def arguments_of(options: dict[str, Any]) -> list[str]:
@@ -167,9 +78,6 @@ class Runner:
     def folder(self, run: Run) -> Path:
         return self.local / run.stage / run.variant / str(run.seed)
 
-    def is_done(self, run: Run) -> bool:
-        return self.plan.file(run).exists()
-
     def has_weights(self, run: Run) -> bool:
         return (self.folder(run) / "results.json").exists() and (self.folder(run) / "last.pt").exists()
 
@@ -177,7 +85,7 @@ class Runner:
         """What could be run now, in the order of the plan; a teacher whose weights are gone before its students."""
         found: list[Run] = []
         for run in self.plan.runs():
-            if self.is_done(run) or not all(self.is_done(other) for other in self.plan.needs(run)):
+            if self.plan.is_done(run) or not all(self.plan.is_done(other) for other in self.plan.needs(run)):
                 continue
             teacher = self.plan.teacher(run)
             found.append(run if teacher is None or self.has_weights(teacher) else teacher)
@@ -201,6 +109,8 @@ class Runner:
         saved = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
         history, teacher = saved["history"], self.plan.teacher(run)
         config = {name: value for name, value in saved["config"].items() if name not in LOCAL_OPTIONS}
+        if config["teacher_weight"] == math.inf:
+            config["teacher_weight"] = "inf"  # for which JSON has no number
         return {
             "run": run.name,
             **self.facts,
@@ -227,7 +137,7 @@ class Runner:
         """Whether the run was this one's to do."""
         folder = self.folder(run)
         with lock(folder) as held:
-            if held is None or (self.is_done(run) and self.has_weights(run)):
+            if held is None or (self.plan.is_done(run) and self.has_weights(run)):
                 return False
             self.active.add(run)
             say(f"{run.name}: {'goes on' if (folder / 'last.pt').exists() else 'begins'}")
@@ -288,35 +198,26 @@ def say(text: str) -> None:
 
 
 # ------------------------------------------------------------------ the command
-def listing(plan: Plan) -> str:
-    """How many runs of each stage are done, and which are missing."""
-    lines = []
-    for stage in plan.content["stages"]:
-        runs = plan.stage(stage)
-        missing = [run for run in runs if not plan.file(run).exists()]
-        lines.append(f"{stage}: {len(runs) - len(missing)} of {len(runs)} runs")
-        lines += [f"  missing: {run.name}" for run in missing]
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder or tar of images, as of the trainer")
+    parser.add_argument("--data", type=Path, help="folder or tar of images, as of the trainer")
     parser.add_argument("--plan", type=Path, default=PLAN, help="(default: benchmarks/training/plan.json)")
     parser.add_argument("--results", type=Path, help="folder of what is kept (default: benchmarks/results/NAME)")
     local = BENCHMARKS / "results" / "local" / "training"
     parser.add_argument("--local", type=Path, default=local, help="folder of checkpoints")
     parser.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument("--nice", type=int, default=19, help="of the priority, 19 is the lowest (default: %(default)s)")
     parser.add_argument("--commit", help="of the source, where it is not in a git repository")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and end")
     parser.add_argument("--again", metavar="RUN", help="do a finished run once more and compare, and end")
     options = parser.parse_args(argv)
-    plan = Plan(options.plan, options.results or Path())
-    plan.results = options.results or BENCHMARKS / "results" / plan.content["name"]
+    plan = Plan(options.plan, options.results)
     if options.list:
-        print(listing(plan))
+        print(plan.missing())
         return 0
-    os.nice(19)
+    if options.data is None:
+        parser.error("--data is missing: a folder or tar of images")
+    os.nice(options.nice)
     runner = Runner(plan, options.data.resolve(), options.local.resolve(), options.commit)
     if options.again:
         run = next((run for run in plan.runs() if run.name == options.again), None)
@@ -326,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         for worker in [pool.submit(runner.work) for _ in range(options.jobs)]:
             worker.result()
-    print(listing(plan))
+    print(plan.missing())
     return 1 if runner.failed else 0
 
 

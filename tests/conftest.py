@@ -28,7 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 # Files that take longest, so that the last process to end has no long one left when the others are done.
 _LONG = ["kernels_aot", "triton", "properties", "distributed", "compile"]
-_LONG += ["train_cifar", "bench_train", "momentum_queue", "module"]
+_LONG += ["train_cifar", "compare_training", "bench_train", "momentum_queue", "module"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

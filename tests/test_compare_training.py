@@ -19,26 +19,28 @@ for package in ("kornia", "matplotlib", "sklearn", "PIL", "tqdm"):
     pytest.importorskip(package)
 pytest.importorskip("fcntl")
 import compare_training as compare  # noqa: E402
+import training_plan  # noqa: E402
 from images import pack, write_images  # noqa: E402
 
+KD = "few/kd,teacher_weight=inf/0"
+RATES = (0.002, 0.001)
 VARIANTS = ["ce_mix", "mix", "supcon", "kd", "ce"]
 
 
 def tiny_plan(folder: Path, **changes: object) -> Path:
     """The committed plan, each stage with one seed and one or two variants of a few steps."""
-    plan = json.loads(compare.PLAN.read_text())
+    plan = json.loads(training_plan.PLAN.read_text())
     plan["common"] |= {"batch_size": 8, "amp": "off", "knn_every": 1, "save_every": 1}
     stages = plan["stages"]
-    stages["choose"]["variants"] = [v for v in stages["choose"]["variants"] if v["method"] in ("mix", "ce_mix", "kd")]
-    stages["choose"]["variants"] = [v for v in stages["choose"]["variants"] if v["lr"] < 0.004]
-    stages["few"]["variants"] = [{"method": method} for method in ("ce_mix", "mix", "kd")]
+    stages["choose"]["variants"] = [{"method": "ce_mix", "lr": lr} for lr in RATES]
+    stages["choose"]["variants"] += [{"method": method, "lr": RATES[0]} for method in ("mix", "kd")]
+    stages["few"]["variants"] = [{"method": "ce_mix"}, {"method": "mix"}, {"method": "kd", "teacher_weight": "inf"}]
     stages["ablation"]["variants"] = stages["ablation"]["variants"][2:3]
-    stages["sweep"]["variants"] = [{"method": "ce_mix"}, {"method": "kd", "teacher_weight": "inf"}]
-    for name in ("choose", "few", "ablation", "sweep"):
+    for name in ("choose", "few", "ablation"):
         epochs = 3 if name == "few" else 1
-        held_out = {"validation": 4} if name in ("choose", "sweep") else {}
+        held_out = {"validation": 4} if name == "choose" else {}
         stages[name] |= {"options": {"per_class": 8, "epochs": epochs, **held_out}, "seeds": [0]}
-    del stages["more"]
+    del stages["sweep"], stages["more"]
     path = folder / "plan.json"
     path.write_text(json.dumps(plan | changes))
     return path
@@ -50,7 +52,7 @@ def environment() -> dict[str, str]:
 
 
 def command(data: Path, folder: Path, *arguments: str) -> list[str]:
-    places = ["--results", str(folder / "results"), "--local", str(folder / "local"), "--commit", "none"]
+    places = ["--results", str(folder / "results"), "--local", str(folder / "local"), "--commit", "none", "--nice", "0"]
     what = ["--data", str(data), "--plan", str(folder / "plan.json")]
     return [sys.executable, str(SCRIPT), *what, *places, *arguments]
 
@@ -83,8 +85,8 @@ def record(folder: Path, name: str) -> dict:
 
 
 def test_a_run_leaves_its_configuration_and_its_results(finished, data):
-    one = record(finished, "few/kd/0")
-    assert one["run"] == "few/kd/0"
+    one = record(finished, KD)
+    assert one["run"] == KD
     assert one["commit"] == "none"
     assert one["versions"].keys() >= {"torch", "python", "kornia", "pillow"}
     assert one["machine"]["threads"] == 1
@@ -98,36 +100,46 @@ def test_a_run_leaves_its_configuration_and_its_results(finished, data):
     assert teacher["teacher"] is None
     assert teacher["config"]["images"] == one["config"]["images"]
     assert one["config"]["test_images"] == 24
-    assert record(finished, "sweep/ce_mix/0")["config"]["test_images"] == 16  # 4 of each class, put aside
+    assert record(finished, f"choose/mix,lr={RATES[0]}/0")["config"]["test_images"] == 16  # 4 of each class, put aside
 
 
 def test_the_chosen_settings_are_those_of_the_best_on_validation_images(finished):
-    for method in ("ce_mix", "mix", "kd"):
-        scores = {lr: record(finished, f"choose/{method},lr={lr}/0")["results"]["linear"][0] for lr in (0.002, 0.001)}
-        best = max(scores, key=scores.get)  # the first of equals
-        assert record(finished, f"few/{method}/0")["config"]["lr"] == best
-        assert record(finished, f"choose/{method},lr={best}/0")["config"]["validation"] == 4
+    scores = {lr: record(finished, f"choose/ce_mix,lr={lr}/0")["results"]["linear"][0] for lr in RATES}
+    best = max(scores, key=scores.get)  # the first of equals
+    assert record(finished, "few/ce_mix/0")["config"]["lr"] == best
+    assert record(finished, f"choose/ce_mix,lr={best}/0")["config"]["validation"] == 4
+    assert record(finished, f"choose/kd,lr={RATES[0]}/0")["teacher"]["run"] == f"choose/ce_mix,lr={best}/0"
+
+
+def test_of_equals_the_first_is_chosen(tmp_path):
+    plan = training_plan.Plan(results=tmp_path)
+    runs = [run for run in plan.stage("choose") if run.method == "supcon"]
+    for run, linear in zip(runs, (50, 51, 51), strict=True):
+        assert plan.chosen("supcon", "choose") is None
+        plan.file(run).parent.mkdir(parents=True)
+        plan.file(run).write_text(json.dumps({"results": {"linear": [linear, 100]}}))
+    assert plan.chosen("supcon", "choose") == (("lr", 0.001),)
 
 
 def test_the_options_of_a_variant_reach_the_trainer(finished):
     assert record(finished, "ablation/mix,queue_size=1024/0")["config"]["queue_size"] == 1024
     assert record(finished, "few/mix/0")["config"]["queue_size"] == 0
-    assert record(finished, "sweep/kd,teacher_weight=inf/0")["config"]["teacher_weight"] == float("inf")
+    assert record(finished, KD)["config"]["teacher_weight"] == "inf"
 
 
 def test_a_second_command_finds_nothing_to_do(finished, data):
     before = {path: path.stat().st_mtime_ns for path in (finished / "results").rglob("*.json")}
-    assert len(before) == 6 + 3 + 1 + 2
+    assert len(before) == 4 + 3 + 1
     assert "begins" not in run(data, finished)
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "results").rglob("*.json")}
 
 
 def test_again_is_the_same_to_the_last_bit(finished, data):
-    assert "few/kd/0: again, the same to the last bit" in run(data, finished, "--again", "few/kd/0")
-    again = record(finished, "few/kd/0.again")
+    assert f"{KD}: again, the same to the last bit" in run(data, finished, "--again", KD)
+    again = record(finished, f"{KD}.again")
     assert again["same"]
-    assert again["weights"] == record(finished, "few/kd/0")["weights"]
-    (finished / "results" / "few" / "kd" / "0.again.json").unlink()
+    assert again["weights"] == record(finished, KD)["weights"]
+    (finished / "results" / f"{KD}.again.json").unlink()
 
 
 def strip(one: dict) -> dict:
@@ -137,7 +149,7 @@ def strip(one: dict) -> dict:
 def test_what_was_killed_goes_on_and_ends_as_if_it_was_not(finished, data, tmp_path):
     """Runner and training are killed within a run; and the weights of the teacher are gone afterwards."""
     tiny_plan(tmp_path)
-    for name in ("choose", "few/ce_mix"):
+    for name in ("choose", "ablation", "few/ce_mix"):
         source, target = finished / "results" / name, tmp_path / "results" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "-r", str(source), str(target)], check=True)
@@ -204,7 +216,7 @@ def test_a_run_that_fails_does_not_stop_the_others(data, tmp_path):
 
 # ------------------------------------------------------------------ the committed plan
 def test_the_plan_is_what_was_registered():
-    plan = compare.Plan(compare.PLAN, Path())
+    plan = training_plan.Plan()
     counts = {stage: len(plan.stage(stage)) for stage in plan.content["stages"]}
     assert counts == {"choose": 15, "few": 30, "ablation": 21, "sweep": 20, "more": 25}
     assert [run.name for run in plan.runs()[15:20]] == [f"few/{method}/0" for method in VARIANTS]
@@ -221,7 +233,7 @@ def test_the_plan_is_what_was_registered():
 def test_the_trainer_knows_every_option_of_the_plan():
     import train_cifar
 
-    plan = compare.Plan(compare.PLAN, Path("nowhere"))
+    plan = training_plan.Plan(results=Path("nowhere"))
     for run in plan.runs():
         arguments = compare.arguments_of(plan.settings(run))
         if plan.teacher(run) is not None:
