@@ -157,6 +157,7 @@ class Runner:
             if held is None or not self.train(run, held, folder):
                 return False
             record = self.record(run, folder)
+            (folder / "last.pt").unlink()  # the next time, too, begins at the beginning
         equal = same(before, record)
         write(self.plan.file(run).with_suffix(".again.json"), {"same": equal, **record})
         say(f"{run.name}: again, {verdict(equal)}")

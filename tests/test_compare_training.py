@@ -138,6 +138,7 @@ def test_again_is_the_same_to_the_last_bit(finished, data):
     assert f"{KD}: again, the same to the last bit" in run(data, finished, "--again", KD)
     again = record(finished, f"{KD}.again")
     assert again["same"]
+    assert not (finished / "local" / "again" / KD / "last.pt").exists()
     assert again["weights"] == record(finished, KD)["weights"]
     (finished / "results" / f"{KD}.again.json").unlink()
 
