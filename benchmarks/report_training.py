@@ -102,12 +102,19 @@ class Report:
         """The whole report in Markdown."""
         stages = self.plan.content["stages"]
         parts = ["# A registered comparison of trainings\n", self.conditions()]
+        if self.has_curves():
+            parts.append(
+                "![kNN against epochs](curves.png)\n\n![Linear probe against images of each class](images.png)\n"
+            )
         for stage, variants in self.results.items():
             if any(variants.values()):
                 parts.append(f"## {stages[stage]['title']}\n")
                 parts += [] if self.is_complete(stage) else ["**Preliminary: not all runs of this stage are done.**\n"]
                 parts.append(self.section(stage))
         return "\n".join([*parts, "## Runs\n", f"```text\n{self.plan.missing()}\n```\n"])
+
+    def has_curves(self) -> bool:
+        return any(self.of(stage, method) for stage in COMPARISONS for method in self.titles)
 
     def conditions(self) -> str:
         stages = self.results.values()
@@ -245,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{plan.results} holds no finished run yet: nothing is written")
         return 0
     (plan.results / "report.md").write_text(text, encoding="utf-8")
-    if any(report.of(stage, method) for stage in COMPARISONS for method in report.titles):
+    if report.has_curves():
         draw_curves(report, plan.results / "curves.png")
         draw_images(report, plan.results / "images.png")
     return 0

@@ -92,6 +92,7 @@ def test_what_is_there_is_compared_and_what_is_missing_said(plan, tmp_path, caps
     assert (count, cell) == ("2", "+0.95 [+0.31, +1.59]".join(["**", "**"]))
     assert "few: 14 of 30 runs" in text
     assert "missing: few/kd/2" in text
+    assert "(curves.png)" in text
     assert "250 images per class" not in text
     for name in ("curves.png", "images.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
