@@ -370,7 +370,8 @@ def evaluate(run: Run, images: Images, options: argparse.Namespace, world: World
     results = {"linear": linear_probe(*rows), "knn": neighbours(*rows)}
     if options.method == "ce":
         results["classifier"] = accuracies(run.model.head(rows[2]).detach(), rows[3])
-    print(f"\n{options.out}: test accuracy in % after {len(run.history)} epochs\n{'':<18}{'top-1':>8}{'top-5':>8}")
+    judged = "validation" if options.validation else "test"
+    print(f"\n{options.out}: {judged} accuracy in % after {len(run.history)} epochs\n{'':<18}{'top-1':>8}{'top-5':>8}")
     for name, (first, fifth) in results.items():
         print(f"{name:<18}{first:>8.2f}{fifth:>8.2f}")
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -404,7 +405,7 @@ def draw(run: Run, features: Tensor, labels: Tensor) -> None:
         for i, name in enumerate(run.classes):
             axis.scatter([], [], color=dots.to_rgba(i), label=name)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    axis.set(xticks=[], yticks=[], title="Test images: encoder features, t-SNE")
+    axis.set(xticks=[], yticks=[], title="Images not trained on: encoder features, t-SNE")
     axis.figure.savefig(run.folder / "embeddings.png", dpi=130)
 
 
