@@ -299,7 +299,8 @@ def test_a_queue_and_rarer_checkpoints_survive_an_interruption(archive, tmp_path
     """Interrupted in epoch 3, of which nothing is kept, as there is a checkpoint after every second one."""
     options = [*options, "--queue-size", "70", "--epochs", "5", "--save-every", "2"]
     expected = train(archive, tmp_path / "whole", *options)
-    assert expected["queue"]["_extra_state"]["count"] == 70
+    full = expected["queue"]["_extra_state"]
+    assert 70 in full[:8]  # rows that are filled
     calls, augmentation = [], train_cifar.make_augmentation
 
     def interrupted(name, size):
@@ -319,8 +320,7 @@ def test_a_queue_and_rarer_checkpoints_survive_an_interruption(archive, tmp_path
     assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"]) == 2
     state = train(archive, tmp_path / "run", *options, "--resume")
     assert_same_run(state, expected)
-    for name in ("features", "labels"):
-        assert torch.equal(state["queue"]["_extra_state"][name], expected["queue"]["_extra_state"][name])
+    assert torch.equal(state["queue"]["_extra_state"], full)
 
 
 def test_another_seed_is_another_run(archive, tmp_path):
