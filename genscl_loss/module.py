@@ -94,6 +94,8 @@ class GenSupConLoss(nn.Module):
         check_choice("backend", backend, BACKENDS)  # whether it can be used is for the device of the features to say
         self.backend = backend
         self.group = group
+        if not isinstance(learnable_temperature, bool):
+            raise TypeError(f"learnable_temperature must be a bool; got {type(learnable_temperature).__name__}")
         if learnable_temperature:
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(
