@@ -11,7 +11,7 @@ SHARE := --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types coverage docs bench demo build test-wheel test-oldest clean
+.PHONY: help setup test test-all lint types coverage docs bench demo build test-wheel test-oldest clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -19,8 +19,13 @@ help:  ## Show this list
 
 setup: $(VENV)/.installed-dev $(VENV)/.documenting  ## Create .venv and install the package with all development tools
 
-test: lint types setup  ## Lint, check types, run all tests
+test: lint types setup  ## Lint, check types, run the tests: five to six minutes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
+
+# Properties again, with five times the examples.
+test-all: setup  ## Run the tests that `make test` leaves out: a quarter of an hour
+	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) \
+	    -m 'exhaustive or hypothesis' $(ARGS)
 
 lint: setup  ## Run ruff
 	$(BIN)/python -m ruff check .
@@ -28,7 +33,7 @@ lint: setup  ## Run ruff
 types: setup  ## Run mypy on the package
 	$(BIN)/python -m mypy
 
-coverage: setup  ## Run all tests and list the lines and branches that none of them takes
+coverage: setup  ## Run the tests and list the lines and branches that none of them takes
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
@@ -51,7 +56,7 @@ build: $(VENV)/.installed-release  ## Build and check the wheel and the source a
 
 # In a folder of its own: the source archive without the package, and an environment with the wheel. Left out is what
 # reads the package's files beside the pages that link to them.
-test-wheel: build  ## Run all tests against the built wheel
+test-wheel: build  ## Run the tests against the built wheel
 	rm -rf build/wheel
 	mkdir -p build/wheel
 	tar -xzf dist/*.tar.gz --strip-components 1 -C build/wheel
@@ -64,7 +69,7 @@ test-wheel: build  ## Run all tests against the built wheel
 # The oldest versions that pyproject.toml allows, of what a release of torch comes with. Everything else as ever.
 OLDEST := torch==2.8.0 triton==3.4.0 numpy==2.3.5
 
-test-oldest: $(VENV)/.created  ## Run all tests with the oldest PyTorch that is supported
+test-oldest: $(VENV)/.created  ## Run the tests with the oldest PyTorch that is supported
 	rm -rf build/oldest
 	mkdir -p build/oldest
 	grep -vE '^(torch|triton|numpy)==' constraints.txt > build/oldest/constraints.txt

@@ -91,7 +91,7 @@ class Run:
     def start(queue_size: int, seed: int) -> Run:
         torch.manual_seed(seed)
         model = make_model()
-        group = dist.group.WORLD if dist.is_initialized() else None  # with it, the queue holds the keys of all
+        group = "world" if dist.is_initialized() else None  # with it, the queue holds the keys of all
         queue = FeatureQueue(queue_size, PROJECTION, CLASSES, group=group)
         optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         return Run(model, copy.deepcopy(model).requires_grad_(False), queue, optimizer)

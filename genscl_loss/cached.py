@@ -314,7 +314,7 @@ def _check_repeated(rows: Tensor, first: Tensor, spacing: float) -> None:
     """Compare the embeddings of a chunk with those of the first pass, which may have taken other kernels."""
     if not rows.requires_grad:
         raise ValueError("encoder has nothing to learn: its embeddings have no gradient")
-    if rows.shape == first.shape:
+    if (rows.shape, rows.dtype) == (first.shape, first.dtype):
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         difference, size = (torch.linalg.vector_norm(x, dtype=dtype) for x in (rows.detach() - first, first))
         if not difference > spacing**0.5 * size:  # NaN in both passes is for the loss, and gradient scalers, to see

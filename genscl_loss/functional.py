@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from genscl_loss import _dense as dense
 from genscl_loss import _linear as linear
-from genscl_loss._backends import available_backends, choose, dense, float32_precision, row_lse
+from genscl_loss._backends import auto_backend, available_backends, choose, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import check_number, check_tensor, check_values, may_look_at, unknown_arguments, validate
 from genscl_loss._choices import (
@@ -30,7 +31,7 @@ from genscl_loss._unit import unit_pair
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
+__all__ = ["auto_backend", "available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
 
 _EPS = 1e-8  # of the paper's code: an anchor with this much positive mass or less has no positives
 
@@ -303,18 +304,14 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     backend = choose(
         backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
     )
-    if backend == "dense" or batch.num_contrasts == 0:
-        z, others = unit_pair(anchors, contrasts, batch.normalize)
-        if batch.num_contrasts == 0:
-            return no_log_likelihoods(z, others, scale, len(batch.all_labels))
-        if batch.partner is not None:
-            return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
-        log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
-        return [
-            dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype))
-            for labels in batch.all_labels
-        ]
-    self_offset, precision = batch.self_offset, _precision(batch)
+    if batch.num_contrasts == 0:
+        return no_log_likelihoods(*unit_pair(anchors, contrasts, batch.normalize), scale, len(batch.all_labels))
+    if backend == "dense":
+        weights = []
+        if batch.partner is None:
+            weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]
+        return dense.log_likelihoods(anchors, contrasts, scale, weights, self_offset, batch.normalize, batch.partner)
+    precision = _precision(batch)
     constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
     if len(constant) == len(batch.all_labels):
         partner = batch.partner if backend == "tiled" else None
@@ -325,31 +322,6 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     found = [positives(z, others, labels, self_offset) for labels in batch.all_labels]
     return [(torch.addcmul(alignment * scale, mass, lse, value=-1), mass) for alignment, mass in found]
-
-
-def _log_likelihood_of_pairs(
-    batch: Batch, scale: Tensor, z: Tensor, others: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The logarithm of p_ij, where j is the only positive of anchor i, and a mass of one.
-
-    That is log(1 / (1 + exp(lse_i - s_ij))), with the log-sum-exp of the others. Of all losses this one goes to zero
-    when a model is trained; here neither it nor its gradient is a difference of large numbers.
-    """
-    lse = row_lse(
-        z, others, scale, batch.self_offset,
-        unit=batch.normalize, precision=_precision(batch), backend=backend, partner=batch.partner,
-    )  # fmt: skip
-    positives = _partners(z if others is None else others, batch.partner or 0, z.shape[0])
-    log_p = torch.nn.functional.logsigmoid((z * positives).sum(1) * scale - lse)
-    return log_p, torch.ones_like(log_p).detach()
-
-
-def _partners(contrasts: Tensor, first: int, count: int) -> Tensor:
-    """Rows (i + first) modulo M for i < count."""
-    rows = contrasts.shape[0]
-    if first + count <= rows:
-        return contrasts.narrow(0, first, count)
-    return contrasts.roll(-first, 0).expand(count // rows, -1, -1).reshape(count, -1)
 
 
 def _precision(batch: Batch) -> str:

@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 # From the bottom to the top: each file imports only from files before it.
 FILES = ["cases", "contenders", "reference", "meters", "measure", "ceilings"]
 FILES += ["roofline", "figures", "report", "plot", "bench_loss", "bench_distributed"]
-ALONE = {"kernel_report"}  # imports none of them
-LAST = {"bench_train"}  # imports the trainer too, and has tests of its own
+ALONE = {"fit_choice", "kernel_report"}  # import none of them
+LAST = {"accuracy", "bench_cached", "bench_grid", "bench_train"}  # imports the trainer too, or only `report`
 
 
 @pytest.fixture

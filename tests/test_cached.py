@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from genscl_loss import GenSupConLoss, cached_backward, gen_supcon_loss
+from genscl_loss import GenSupConLoss, cached, cached_backward, gen_supcon_loss
 
 D_IN, D, CHUNK = 6, 5, 4
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -234,6 +235,31 @@ def test_a_loss_that_draws():
         return supcon(z + 0.1 * torch.randn_like(z))
 
     assert_same(ENCODERS["dropout"](), rows(11, D_IN), noisy)
+
+
+def test_random_numbers_of_devices(monkeypatch):
+    """With a device that is not there: its state is a number that each call of the encoder raises."""
+    state, device = [torch.zeros(())], torch.device("cuda", 3)
+    generator = SimpleNamespace(
+        get_rng_state=lambda of: state[0] if of == device else pytest.fail(f"{of}"),
+        set_rng_state=lambda value, of: state.__setitem__(0, value) if of == device else pytest.fail(f"{of}"),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda of: generator)
+    encoder, seen = net(), []
+
+    def drawing(x: Tensor) -> Tensor:
+        seen.append(state[0].item())
+        state[0] = state[0] + 1
+        return encoder(x)
+
+    of = cached._Encoder.of
+
+    def elsewhere(*arguments: Any) -> Any:
+        return of(*arguments)._replace(devices=[device])
+
+    monkeypatch.setattr(cached._Encoder, "of", elsewhere)
+    cached_backward(drawing, rows(11, D_IN), supcon, chunk_size=CHUNK)
+    assert (seen, state[0]) == ([0, 1, 2] * 2, 3)
 
 
 class Counting(nn.Module):
@@ -492,14 +518,43 @@ def all_of(cases: list[tuple[tuple[int, ...], str, int]]) -> list[tuple[list[flo
 def test_several_processes(world, tmp_path: Path):
     """As many averages as steps, each of all parameters, whatever the numbers of chunks are."""
     cases = [(sizes, "ddp", num_views) for sizes in SIZES[world] for num_views in (1, 2)]
-    for found in distributed.run(world, all_of, tmp_path, cases):
+    for found in distributed.run(world, all_of, tmp_path, cases, limit=180):
         assert all(max(errors) < 1e-12 and averages == 3 for errors, averages in found), found
 
 
 def test_several_processes_otherwise(tmp_path: Path):
     cases = [((11, 3), "buffers", 2), ((11, 3), "inside", 2), ((11, 9), "fsdp", 2)]  # the last as many chunks
-    for found in distributed.run(2, all_of, tmp_path, cases):
+    for found in distributed.run(2, all_of, tmp_path, cases, limit=180):
         assert all(max(errors) < 1e-12 for errors, _ in found), found
+
+
+def accumulated() -> tuple[int, float]:
+    """Averages of gradients in two calls, the first of them inside the caller's `no_sync`, and what is missing."""
+    rank, averages = dist.get_rank(), []
+    encoder = nn.parallel.DistributedDataParallel(net())
+    criterion = GenSupConLoss(0.2, group=dist.group.WORLD)
+
+    def counted(state, bucket):
+        averages.append(bucket.index())
+        return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+    encoder.register_comm_hook(None, counted)
+    for number in range(2):
+        with encoder.no_sync() if number == 0 else nullcontext():
+            inputs, labels = rows(6, D_IN) + number + rank, labels_of(6)
+            cached_backward(encoder, inputs, lambda z, labels=labels: criterion(z, labels), chunk_size=CHUNK)
+    exact = net()
+    for number in range(2):
+        both = exact(torch.cat([rows(6, D_IN) + number, rows(6, D_IN) + number + 1]))
+        gen_supcon_loss(both, labels_of(6).repeat(2), temperature=0.2).backward()
+    gradients = zip(encoder.parameters(), exact.parameters(), strict=True)
+    return len(averages), max(float((one.grad - two.grad).abs().max()) for one, two in gradients)
+
+
+def test_no_sync_of_the_caller_stays_in_force(tmp_path: Path):
+    for averages, error in distributed.run(2, accumulated, tmp_path, limit=180):
+        assert averages == 1
+        assert error < 1e-12
 
 
 def wrong_on_the_first() -> dict[str, str]:
@@ -537,7 +592,7 @@ def wrong_on_the_first() -> dict[str, str]:
 
 
 def test_what_one_process_raises_all_raise(tmp_path: Path):
-    first, second = distributed.run(2, wrong_on_the_first, tmp_path)
+    first, second = distributed.run(2, wrong_on_the_first, tmp_path, limit=180)
     assert first["nothing"] == second["nothing"]
     assert float(first.pop("nothing")) > 0
     for name, message in first.items():

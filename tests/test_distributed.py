@@ -429,7 +429,7 @@ def awkward_exchanges() -> list[str]:
             features, labels, contrast_features=torch.randn(5, 3), contrast_labels=extra, group=dist.group.WORLD
         ),
         lambda: (
-            gen_supcon_loss(features, labels, group=dist.group.WORLD)
+            gen_supcon_loss(features, [labels], group=dist.group.WORLD)
             if rank % 2
             else queue.enqueue(features, torch.arange(4))
         ),

@@ -103,7 +103,11 @@ def test_one_hot_rows_and_integers_are_the_same_labels(backend, problem):
 @pytest.mark.not_on_triton("about labels, which no kernel sees")
 @given(problem=problems(kinds=("none",)))
 def test_no_labels_means_every_sample_is_its_own_class(backend, problem):
-    assert torch.equal(loss_of(problem, backend, labels=torch.arange(problem.number)), loss_of(problem, backend))
+    with_numbers = loss_of(problem, backend, labels=torch.arange(problem.number))
+    spread = problem.number * problem.views
+    torch.testing.assert_close(
+        with_numbers, loss_of(problem, backend), rtol=1e-9, atol=spread * tolerance(problem.options)
+    )
 
 
 @pytest.mark.not_on_triton("about labels, which no kernel sees")

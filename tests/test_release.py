@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 @needs_sources
 def test_the_wheel_is_small(wheel):
     assert Path(wheel.filename).name == f"genscl_loss-{VERSION}-py3-none-any.whl"
-    assert Path(wheel.filename).stat().st_size < 100_000
+    assert Path(wheel.filename).stat().st_size < 150_000  # what belongs in it is listed above; it has no data
 
 
 @needs_sources

@@ -187,6 +187,7 @@ def assert_same_run(state: dict, expected: dict) -> None:
     assert all(torch.equal(state["model"][name], value) for name, value in expected["model"].items())
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_killed_within_an_epoch_goes_on_as_if_it_was_not(archive, tmp_path, uninterrupted):
     arguments = command(*LONG, "--data", str(archive), "--out", str(tmp_path / "run"))
     process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -311,7 +312,7 @@ def test_it_warns_of_a_collapsed_model(archive, tmp_path, capsys):
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
-@pytest.mark.parametrize("method", ["ce", "genscl"])
+@pytest.mark.parametrize("method", [pytest.param("ce", marks=pytest.mark.exhaustive), "genscl"])
 def test_two_processes_have_the_losses_of_one(archive, tmp_path, method):
     # Without anything that depends on who has which images.
     options = ["--method", method, "--augment", "none", "--norm", "group", "--epochs", "2", "--data", str(archive)]

@@ -24,15 +24,15 @@ def log_softmax(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: 
     Returns:
         (A, M); meaningless, but finite, in the self terms.
     """
-    return _logits(anchors, contrasts, scale, [] if self_offset is None else [self_offset]).log_softmax(1)
+    return logits(anchors, contrasts, scale, [] if self_offset is None else [self_offset]).log_softmax(1)
 
 
 def row_lse(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
     """Logarithm of sum_k exp(s_ik), (A,), in the terms of `log_softmax`, without k = i + d for each d of `left_out`."""
-    logits = _logits(anchors, contrasts, scale, left_out)
-    largest = logits.detach().amax(1, keepdim=True)
+    s = logits(anchors, contrasts, scale, left_out)
+    largest = s.detach().amax(1, keepdim=True)
     # As `torch.logsumexp`, whose derivative takes the exponentials again.
-    return (logits - largest).exp().sum(1).log() + largest[:, 0]
+    return (s - largest).exp().sum(1).log() + largest[:, 0]
 
 
 def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,11 +40,13 @@ def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return (weights * log_p).sum(1), weights.sum(1)
 
 
-def _logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
-    logits = matmul(anchors * scale, contrasts.T)
+def logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
+    """The logits s_ij, (A, M); the lowest number where j = i + d for one d of `left_out`."""
+    s = matmul(anchors * scale, contrasts.T)
     for offset in left_out:
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
         # Behind autograd's back: probability and weight are zero there, and so is every derivative.
-        logits.detach().diagonal(offset).fill_(torch.finfo(logits.dtype).min)
-    return logits
+        # By slices: an offset in `diagonal` would be a constant of a compiled graph.
+        s.detach()[max(0, -offset) :, max(0, offset) :].diagonal().fill_(torch.finfo(s.dtype).min)
+    return s

@@ -72,13 +72,13 @@ def row_lse_grad(
     scaled = anchors * (scale * math.log2(math.e))
     others = anchors if contrasts is None else contrasts
     shift = _shift(scaled, others)
-    factors = _factors(grad, sums)
+    weighted = over_sums(grad, sums)
     if contrasts is None and shift is not None:
-        return _symmetric_grad(factors, anchors, scaled, left_out, shift).mul_(scale), None
+        return _symmetric_grad(weighted, anchors, scaled, left_out, shift).mul_(scale), None
     d_anchors = torch.zeros_like(anchors)
     d_contrasts = d_anchors if contrasts is None else torch.zeros_like(contrasts) if contrasts_need_grad else None
     for rows, cols, tile in _tiles(scaled, others, left_out):
-        weights = tile.sub_(sums[0, rows, None]).exp2_().mul_(factors[rows, None])
+        weights = tile.sub_(sums[0, rows, None]).exp2_().mul_(weighted[rows, None])
         add_product(d_anchors[rows], weights, others[cols])
         if d_contrasts is not None:
             d_contrasts[cols].addmm_(weights.T, anchors[rows])
@@ -89,13 +89,15 @@ def row_lse_grad(
 
 
 def mirrored_grad(
-    grads: Tensor, sums: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int
+    factors: Tensor, shifts: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int
 ) -> Tensor:
-    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
+    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp.
+
+    Of each contrast its upstream gradient `over_sums` and its shift are known.
+    """
     scaled = anchors * (scale * math.log2(math.e))
     own = slice(self_offset, self_offset + anchors.shape[0])
     shift = _shift(scaled, contrasts)
-    shifts, factors = sums[0], _factors(grads, sums)
     if shift is not None:  # that of all rows, which owners may not have had
         factors = factors * (shift - shifts).exp2()
     dz = torch.zeros_like(anchors)
@@ -110,7 +112,7 @@ def mirrored_grad(
     return dz.mul_(scale)
 
 
-def _factors(grad: Tensor, sums: Tensor) -> Tensor:
+def over_sums(grad: Tensor, sums: Tensor) -> Tensor:
     """Upstream gradient of each row over its sum; zero for a row that has no contrast."""
     return grad / sums[1].masked_fill(sums[1] == 0, torch.inf)
 

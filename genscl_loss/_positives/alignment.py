@@ -56,7 +56,8 @@ class Labelled:
 def align(given: Labelled) -> tuple[Tensor, Tensor]:
     """Alignment z_i . sum_j w_ij z_j and positive mass W_i = sum_j w_ij of each anchor, (A,) and (A,)."""
     z, others = given.rows
-    weights, dtype = _weights(given, z.shape[1] + 1)
+    # In float64 where there is a choice: equal labels round alike, and the loss is off by ten times its own rounding.
+    weights, dtype = _weights(given, z.shape[1] + 1, may_be_float32=False)
     total, mass = (z.new_empty(z.shape[0], dtype=dtype) for _ in range(2))
     for rows, cols, sums in weights.of(_with_one(matrix(others, dtype))):
         mass[rows] = sums[:, -1]
@@ -118,8 +119,8 @@ def _label_grads(
     part = remember(lambda rows, _: torch.cat([weighted.part(rows, ALL), last[rows]], 1))
     left, right = (replace(x, columns=z.shape[1] + 1) for x in (replace(weighted, part=part), ones_beside))
     weights = Weights(left, right, offset, way)
-    a_factor = inverse_lengths(a)
-    b_factor = a_factor if given.contrast_labels is None else inverse_lengths(b)
+    a_factor = inverse_lengths(a.detach())
+    b_factor = a_factor if given.contrast_labels is None else inverse_lengths(b.detach())
     d_a = d_b = None
     if wanted[0]:
         d_a = unit_rows_grad(_put_together(weights.of(matrix(b, dtype, b_factor)), a), a, a_factor)
@@ -131,7 +132,7 @@ def _label_grads(
 # ---- The choice of a way to sum ----
 
 
-def _weights(given: Labelled, columns: int) -> tuple[Weights, torch.dtype]:
+def _weights(given: Labelled, columns: int, *, may_be_float32: bool = True) -> tuple[Weights, torch.dtype]:
     """The weights, with the way that sums so many columns in the least time, and the dtype that it needs."""
     (z, _), (a, b), offset = given.rows, given.labels, given.self_offset
     itself = given.contrast_labels is None
@@ -141,11 +142,17 @@ def _weights(given: Labelled, columns: int) -> tuple[Weights, torch.dtype]:
         on_cpu = a.device.type == "cpu"
         width = 1 + (max((int(y.max()) for y in sides if len(y)), default=0) if on_cpu else sum(map(len, sides)))
         left = Classes(a, width)
-        return Weights(left, left if itself else Classes(b, width), offset, by_class), sum_dtype(z)
-    a_factor = inverse_lengths(a)
-    b_factor = a_factor if itself else inverse_lengths(b)
+        return Weights(left, left if itself else Classes(b, width), offset, by_class), z.dtype
+    a_factor = inverse_lengths(a.detach())
+    b_factor = a_factor if itself else inverse_lengths(b.detach())
     way, dtype = _cheapest_way(
-        len(a), len(b), a.shape[1], columns, z, offset, lambda: _float32_suffices(a, b, a_factor, b_factor)
+        len(a),
+        len(b),
+        a.shape[1],
+        columns,
+        z,
+        offset,
+        lambda: may_be_float32 and _float32_suffices(a, b, a_factor, b_factor),
     )
     left_rows = matrix(a, dtype, a_factor)
     return Weights(left_rows, left_rows if itself else matrix(b, dtype, b_factor), offset, way), dtype
