@@ -32,7 +32,7 @@ TRAINER = EXAMPLES / "train_cifar.py"
 
 import torch  # noqa: E402
 import train_cifar as trainer  # noqa: E402
-from cifar_data import load  # noqa: E402
+from cifar_data import Subset, load  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from report import describe_machine, describe_versions, git_commit  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -133,7 +133,7 @@ def throughput(settings: list[str]) -> dict[str, Any]:
     """Images per second of whole training steps, and of the network alone on random tensors; of pairs in turns."""
     options = trainer.parse_options([*settings, "--method", "genscl", "--mix", "mixup_cutmix"])
     world = trainer.World.join(options.device)
-    images = load(options.data, options.data_folder, options.per_class, options.image_size).to(world.device)
+    images = load(options.data, options.data_folder, Subset(options.per_class), options.image_size).to(world.device)
     options.out = Path("not-written")
     run = trainer.start(options, images, trainer.World(1, 1, world.device))  # rank 1 writes nothing
     objective, _ = trainer.make_objective(run, images, None, options, world)

@@ -24,7 +24,8 @@ from torch.autograd import forward_ad
 from torch.nn.functional import logsigmoid
 
 from genscl_loss._backends import dense, row_lse
-from genscl_loss._library import without_autocast
+from genscl_loss._checks import is_transformed
+from genscl_loss._library import is_batched, without_autocast
 from genscl_loss._unit import inverse_lengths, unit_pair, unit_rows_grad
 
 
@@ -100,7 +101,7 @@ def _needs_plain_operations(weights: Sequence[Tensor]) -> bool:
     """Where a compiler wants to see them, labels have a gradient, or another kind of derivative is being taken."""
     if torch.compiler.is_compiling() or any(w.requires_grad for w in weights):
         return True
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or is_transformed()
 
 
 class _Equation(torch.autograd.Function):
@@ -139,7 +140,7 @@ class _Equation(torch.autograd.Function):
         weights, masses, wanted = rest[: len(rest) // 2], rest[len(rest) // 2 :], ctx.needs_input_grad[:3]
         none = [None] * (3 + len(rest))
         with without_autocast(anchors.device):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or any(map(is_batched, grads)):
                 return *_again(ctx, (anchors, contrasts, scale), weights, grads), *none
             d_logits = kept.exp()
             if of_pairs is not None:
@@ -196,19 +197,21 @@ def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 def _again(
     ctx: Any, inputs: Sequence[Tensor | None], weights: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradient as a function that can be differentiated."""
-    # Views: derivatives are to stop here, also where one of these tensors was computed from another.
-    views = [x if x is None else x.view_as(x) for x in inputs]
-    anchors, contrasts, scale = views
-    assert anchors is not None and scale is not None
-    self_offset, normalize, partner = ctx.options
-    if partner is None:
-        likelihoods, _ = equation(anchors, contrasts, scale, weights, self_offset, normalize)
-    else:
-        likelihoods = [equation_of_pairs(anchors, contrasts, scale, self_offset, partner, normalize)]
+    """The gradient as a function that can be differentiated, and taken for several upstream gradients at a time."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: derivatives are to stop here, also where one of these tensors was computed from another.
+        views = [x if x is None else x.view_as(x) for x in inputs]
+        anchors, contrasts, scale = views
+        assert anchors is not None and scale is not None
+        self_offset, normalize, partner = ctx.options
+        if partner is None:
+            likelihoods, _ = equation(anchors, contrasts, scale, weights, self_offset, normalize)
+        else:
+            likelihoods = [equation_of_pairs(anchors, contrasts, scale, self_offset, partner, normalize)]
     places = [k for k in range(3) if ctx.needs_input_grad[k]]
     wanted: list[Any] = [views[k] for k in places]
     found: list[Tensor | None] = [None] * 3
-    for k, grad in zip(places, torch.autograd.grad(likelihoods, wanted, grads, create_graph=True), strict=True):
+    for k, grad in zip(places, torch.autograd.grad(likelihoods, wanted, grads, create_graph=again), strict=True):
         found[k] = grad
     return found

@@ -340,7 +340,8 @@ def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, mem
     """Weigh the losses, reduce over those that count, and multiply what is then fewest by the factor."""
     factor, dtype, weight = problem.factor, loss.dtype, problem.batch.sample_weight
     if weight is not None:
-        weight = weight.to(torch.promote_types(weight.dtype, dtype))  # of float64, where 1e-50 is a weight
+        # In float64 1e-50 is a weight. Processes may have theirs in different dtypes, and add them up in this one.
+        weight = weight.to(torch.promote_types(weight.dtype, dtype) if members is None else torch.float64)
         loss = loss * weight
     if problem.reduction == "none":
         return (loss * factor).to(dtype)

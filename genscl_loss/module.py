@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from genscl_loss._checks import check_number, unknown_arguments
+from genscl_loss._checks import check_number, is_transformed, unknown_arguments
 from genscl_loss._choices import BACKENDS, Backend, ContrastMode, EmptyAnchors, Reduction, check_choice
 from genscl_loss._distributed import Members
 from genscl_loss.functional import gen_supcon_loss
@@ -161,7 +161,7 @@ class GenSupConLoss(nn.Module):
         """
         if more or unknown:
             self._refuse(more, unknown)
-        if self.log_temperature is not None and self.training:
+        if self.log_temperature is not None and self.training and not is_transformed():
             # Through `data`: an earlier forward pass of the same step, which saw the same value, stays differentiable.
             self.log_temperature.data.clamp_(*_LOG_RANGE)
         return gen_supcon_loss(

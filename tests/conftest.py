@@ -32,7 +32,7 @@ collect_ignore = ["typed.py"]  # for type checkers only: half of its calls are w
 
 # Files that take longest, so that the last process to end has no long one left when the others are done.
 _LONG = ["kernels_aot", "triton", "properties", "distributed", "compile"]
-_LONG += ["train_cifar", "bench_train", "momentum_queue", "module"]
+_LONG += ["train_cifar", "compare_training", "bench_train", "momentum_queue", "module"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks

@@ -35,6 +35,7 @@ def tables(reports):
         parts.append(group_section(list(together)[::-1]))
     if kinds["training"]:
         parts += ["## Training\n", *(training_section(*entry) for entry in kinds["training"])]
+    parts += [registered_section(path) for path in sorted(RESULTS.glob("*/report.md"))]
     if kinds["other"]:
         names = [f"- [{path.parent.name}/{path.name}]({link(path)})" for path, _ in kinds["other"]]
         parts += ["## Other reports\n", *names]
@@ -174,6 +175,12 @@ def training_section(path, report):
     parts.append("Top-1 test accuracy in %, mean ± standard deviation over the seeds:\n")
     parts.append(markdown_table(["method", "seeds", *judges, "seconds a run"], rows, words=1))
     return "\n".join(parts)
+
+
+def registered_section(path):
+    """The report of `report_training.py`, its headings one level lower and its figures where they are from docs/."""
+    lines = [f"#{line}" if line.startswith("#") else line for line in path.read_text(encoding="utf-8").splitlines()]
+    return "\n".join(lines).replace("](", f"]({link(path.parent)}/") + "\n"
 
 
 def mean_and_spread(values):
