@@ -112,17 +112,19 @@ def test_the_description_has_the_readme_with_links_that_work(metadata):
     text = metadata.get_payload(decode=True).decode()
     assert "from genscl_loss import GenSupConLoss" in text
     assert not RELATIVE_LINK.search(text)
+    assert ("## Documentation" in text) == ("/docs/choosing.md" in text)  # no list of pages that cannot be opened
 
 
 def test_links_of_the_description():
     pytest.importorskip("hatchling")
     description = runpy.run_path(str(ROOT / "hatch_build.py"))["description"]
-    page = "[a\nb](docs/x.md#y) ![c](d.png) [e](https://f) [g](#h)\n```python\n[i](j)\n```\n"
     same = " [e](https://f) [g](#h)\n```python\n[i](j)\n```\n"
-    assert description(page, None, "1.2") == "a\nb " + same
+    pages = "## Documentation\n\n[k](docs/k.md)\n\n"
+    page = f"![c](d.png)<br>\n*said below*\n\n[a\nb](docs/x.md#y){same}{pages}## Next\n"
+    assert description(page, None, "1.2") == f"a\nb{same}## Next\n"
     there = "https://host/name"
-    expected = f"[a\nb]({there}/blob/v1.2/docs/x.md#y) ![c]({there}/raw/v1.2/d.png)"
-    assert description(page, there, "1.2") == expected + same
+    led = page.replace("(d.png)", f"({there}/raw/v1.2/d.png)").replace("(docs/", f"({there}/blob/v1.2/docs/")
+    assert description(page, there, "1.2") == led
 
 
 def test_the_version_is_written_once():
