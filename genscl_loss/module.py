@@ -112,7 +112,11 @@ class GenSupConLoss(nn.Module):
     @property
     def temperature(self) -> float | Tensor:
         """tau: the number, which may be set, or if it is learnable a 0-dim tensor in [0.01, 1]."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.clamp(*_LOG_RANGE).exp()
+        if self.log_temperature is None:
+            return self._temperature
+        # With the gradient as if there were no bounds: at a bound it has to lead back, whatever rounding makes of that.
+        log = self.log_temperature
+        return (log.detach().clamp(*_LOG_RANGE) + (log - log.detach())).exp()
 
     @temperature.setter
     def temperature(self, value: float) -> None:

@@ -156,7 +156,7 @@ SCHEMA = ("test_schema", "test_faketensor")
 # What other ways to differentiate, and to store, make of the operators
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in jvp
 def test_forward_mode_works_on_dense_and_is_refused_on_tiled():
     x, labels = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
     direction = torch.randn_like(x)
