@@ -188,7 +188,8 @@ def outcome(call: dict[str, Any], spoiled: list[str]) -> str:
     with torch.no_grad():
         found = torch.as_tensor(oracle_loss(**to_numpy(given)), dtype=torch.float64)
     wanted = reference_loss(**given)
-    tolerance = 1e-8 if exact else 1e-4 * max(1.0, 0.0 if given.get("normalize", True) else largest**2)
+    size = 1.0 if given.get("normalize", True) else max(1.0, largest**2)  # of logits, to which rounding is relative
+    tolerance = max(1e-8, 1e-12 * size) if exact else 1e-4 * size
     close(loss.detach().double(), found, tolerance, "value")
     if leaves and loss.requires_grad:
         actual = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
