@@ -107,8 +107,6 @@ TABLE = [
     ("labels of views and classes", F, {"labels": torch.ones(N, V, C).long()}, ValueError, r"^labels.*float\(\)"),
     ("labels of levels", ONE, {"labels": torch.tensor([[0, 1, 5]] * N)}, ValueError, "^labels.*0 or 1.*5.*one_hot"),
     ("labels a second view", ONE, {"labels": ONE.abs()}, ValueError, r"^labels.*\[view0, view1\].*\[labels\]"),
-    ("labels a second view of one", F[:, :1], {"labels": ONE.abs()[:, None]}, ValueError, r"^labels.*\[view0, view1\]"),
-    ("labels beside a view in a list", [ONE], {"labels": ONE.abs()}, ValueError, r"^labels.*\[view0, view1\]"),
     ("labels a projection", ONE, {"labels": PROJECTION}, ValueError, r"^labels.*embeddings.*\[view0, view1\]"),
     ("labels -100 in vectors", ONE, {"labels": torch.full((N, C), -100)}, ValueError, "^labels.*-100.*leave such rows"),
     ("labels a list of strings", ONE, {"labels": ["a", "b", "a", "b"]}, TypeError, "^labels.*strings.*numpy.unique"),
