@@ -157,7 +157,7 @@ def record(
             anchors, contrasts, scale, self_offset, unit, "highest" if terms == 2 else "high"
         )
         num_contrasts = rows if contrasts is None else len(contrasts)
-        fused.row_lse_grad(lse, sums, split, other, scale, self_offset, unit, num_contrasts, features, True)
+        fused.row_lse_grad(lse, sums, split, other, scale, self_offset, unit, num_contrasts, features, num_contrasts)
     forward = plan or plans.forward_plan(arch, width, terms)
     backward = plan or plans.backward_plan(arch, width, terms)[0]
     programs = {"row_lse": forward.programs, "row_lse_grad": backward.programs}

@@ -72,9 +72,9 @@ def row_lse_grad(
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    contrasts_need_grad: bool,
+    num_grads: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts, from what `row_lse` returned."""
+    """Gradient of `row_lse` with respect to anchors and, if not 0, so many contrasts, from what `row_lse` returned."""
     n, m = grad.shape[0], num_contrasts
     with _on(grad.device):
         largest = torch.linalg.vector_norm(grad, torch.inf)
@@ -83,10 +83,10 @@ def row_lse_grad(
         if cols is None:
             return _launch_grad(rows, rows, n, n, weights, weights, self_offset, *shared), None
         d_anchors = _launch_grad(rows, cols, n, m, weights, None, self_offset, *shared)
-        if not contrasts_need_grad:
+        if not num_grads:
             return d_anchors, None
         reverse = None if self_offset is None else -self_offset
-        return d_anchors, _launch_grad(cols, rows, m, n, None, weights, reverse, *shared)
+        return d_anchors, _launch_grad(cols, rows, num_grads, n, None, weights, reverse, *shared)
 
 
 def mirrored_grad(
