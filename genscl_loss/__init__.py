@@ -2,7 +2,7 @@
 
 from genscl_loss.cached import cached_backward
 from genscl_loss.diagnostics import contrastive_accuracy
-from genscl_loss.functional import available_backends, collapsed_loss, gen_supcon_loss, validate
+from genscl_loss.functional import auto_backend, available_backends, collapsed_loss, gen_supcon_loss, validate
 from genscl_loss.labels import cutmix, mixup, mixup_cutmix, smooth_labels, teacher_labels
 from genscl_loss.module import GenSupConLoss
 from genscl_loss.queue import FeatureQueue
@@ -13,6 +13,7 @@ __all__ = [
     "FeatureQueue",
     "GenSupConLoss",
     "__version__",
+    "auto_backend",
     "available_backends",
     "cached_backward",
     "collapsed_loss",

@@ -101,7 +101,8 @@ def make_batch(
     views = _Views.of(features, contrast_mode, contrast_features, include_batch)
     if normalize:
         _check_not_signs(features)
-    _check_not_a_view(features, labels)
+    if contrast_labels is None:  # whose presence says that labels are labels
+        _check_not_a_view(features, labels)
     if label_similarity is not None:
         if labels is not None or contrast_labels is not None:
             raise ValueError("label_similarity replaces labels and contrast_labels: give one or the other")

@@ -16,7 +16,7 @@ numbers.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,7 +65,9 @@ def log_likelihoods(
         a, b = labels.anchors.detach(), labels.contrasts.detach()
         both[2 * k : 2 * k + 2] = [b, None] if contrasts is None else [a, b]
     are_numbers = isinstance(all_labels[0], ClassLabels) and all_labels[0].are_numbers
-    likelihood, mass, *_ = _linear(anchors, contrasts, scale, weight, *both, are_numbers, *astuple(options))
+    # Field by field: not all versions of the compiler know `dataclasses.astuple`.
+    rest = options.self_offset, options.partner, options.num_live, options.normalize, options.precision, options.backend
+    likelihood, mass, *_ = _linear(anchors, contrasts, scale, weight, *both, are_numbers, *rest)
     return list(zip(likelihood.unbind(), mass.unbind(), strict=True))
 
 
@@ -197,7 +199,7 @@ def _unit(rows: Tensor | None, normalize: bool) -> tuple[Any, Any]:
     """Rows of unit length, or as they are, and what they were multiplied by."""
     if rows is None or not normalize:
         return rows if rows is None else rows.contiguous(), None
-    factor = inverse_lengths(rows)
+    factor = inverse_lengths(rows.detach())
     return (rows * factor).contiguous(), factor
 
 

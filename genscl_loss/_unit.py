@@ -1,7 +1,10 @@
 """Rows of unit length."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -22,12 +25,14 @@ def unit_pair(anchors: Tensor, contrasts: Tensor | None, normalize: bool) -> tup
 def inverse_lengths(rows: Tensor) -> Tensor:
     """What `unit_rows` multiplies each row by, (N, 1)."""
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not rows.requires_grad:  # the same, in fewer calls
+        return threshold(threshold(length, 1e-18, 1).reciprocal(), 0, math.nan)
     constant = length.detach()
     is_short = constant < 1e-18
     # One where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for zeros.
     correction = (constant - constant).add_(is_short)
-    if rows.requires_grad:  # the second derivative of the norm is NaN at zeros: no such row is to reach it
-        length = torch.linalg.vector_norm(rows.masked_fill(is_short, 1), dim=1, keepdim=True).masked_fill(is_short, 0)
+    # The second derivative of the norm is NaN at zeros: no such row is to reach it.
+    length = torch.linalg.vector_norm(rows.masked_fill(is_short, 1), dim=1, keepdim=True).masked_fill(is_short, 0)
     return (length + correction).reciprocal()
 
 

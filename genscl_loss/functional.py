@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from genscl_loss import _dense as dense
 from genscl_loss import _linear as linear
-from genscl_loss._backends import available_backends, choose, dense, float32_precision, row_lse
+from genscl_loss._backends import auto_backend, available_backends, choose, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
 from genscl_loss._checks import (
     check_bool,
@@ -39,7 +40,7 @@ from genscl_loss._unit import unit_pair
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
+__all__ = ["auto_backend", "available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
 
 _EPS = 1e-8  # of the paper's code: an anchor with this much positive mass or less has no positives
 
@@ -337,17 +338,16 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         is_self=contrasts is None, is_weighted=batch.contrast_weight is not None,
     )  # fmt: skip
     if backend == "dense" or batch.num_contrasts == 0:
+        if batch.num_contrasts > 0 and batch.partner is None:
+            weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]
+            return dense.log_likelihoods(
+                anchors, contrasts, scale, batch.contrast_weight, weights, self_offset, batch.normalize
+            )
         z, others = unit_pair(anchors, contrasts, batch.normalize)
         if batch.num_contrasts == 0:
             return no_log_likelihoods(z, others, scale, len(batch.all_labels))
-        if batch.partner is not None:
-            return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
-        log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset, batch.contrast_weight)
-        return [
-            dense.log_likelihood(log_p, similarity_matrix(labels, self_offset, log_p.dtype))
-            for labels in batch.all_labels
-        ]
-    self_offset, precision = batch.self_offset, _precision(batch)
+        return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
+    precision = _precision(batch)
     constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
     if len(constant) == len(batch.all_labels):
         partner = batch.partner if backend == "tiled" else None
@@ -376,7 +376,10 @@ def _log_likelihood_of_pairs(
         unit=batch.normalize, precision=_precision(batch), backend=backend, partner=batch.partner,
     )  # fmt: skip
     positives = _partners(z if others is None else others, batch.partner or 0, z.shape[0])
-    log_p = torch.nn.functional.logsigmoid((z * positives).sum(1) * scale - lse)
+    positive = (z * positives).sum(1) * scale
+    log_p = torch.nn.functional.logsigmoid(positive - lse)
+    if not batch.normalize:
+        log_p = log_p + positive.detach() * 0  # NaN if it is infinite: it would pass for one that is merely near
     return log_p, torch.ones_like(log_p).detach()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +111,8 @@ def test_an_infinite_row_of_pairs_is_never_merely_far_away(backend, where):
     (features if where == "features" else contrasts)[1, 0] = -math.inf
     loss = gen_supcon_loss(features, contrast_features=contrasts, normalize=False, backend=backend)
     assert not loss.isfinite()
+    alone = gen_supcon_loss([torch.tensor([[math.inf]]), torch.tensor([[1.0]])], normalize=False, backend=backend)
+    assert not alone.isfinite()  # and nothing that it could be far from
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.07])
@@ -207,3 +212,22 @@ def test_every_derivative_of_dense_passes_what_keeps_the_loss_from_being_negativ
         end = x.requires_grad_()
         ends.append(torch.autograd.grad(loss(end), end)[0])
     torch.testing.assert_close(second, (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+# ---- The table ----
+
+
+def test_the_table_of_errors_is_made_and_keeps_its_bounds(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    table = importlib.import_module("accuracy")
+    assert table.main(["--smoke", "--backends", "dense", "tiled", "--out", str(tmp_path)]) == 0
+    entries = json.loads((tmp_path / "accuracy.json").read_text())["accuracy"]
+    assert {entry["labels"] for entry in entries} == set(table.KINDS)
+    assert capsys.readouterr().out.count("labels  ") >= 1
+    for entry in entries:
+        assert entry["above"] * 0.9 <= entry["loss"]
+        for found in entry["errors"].values():
+            assert found["row"] <= 4
+            assert found["loss"] <= 4 * EPS / entry["temperature"]
+            if entry["labels"] == "views":
+                assert found["gradient"] <= 4 * EPS / entry["temperature"]

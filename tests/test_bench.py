@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 FILES = ["cases", "contenders", "reference", "meters", "measure", "ceilings"]
 FILES += ["roofline", "figures", "report", "plot", "bench_loss", "bench_distributed"]
 ALONE = {"kernel_report"}  # imports none of them
-LAST = {"bench_train"}  # imports the trainer too, and has tests of its own
+LAST = {"bench_train", "accuracy"}  # imports the trainer too, or only `report`
 
 
 @pytest.fixture

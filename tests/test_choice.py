@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -117,3 +118,16 @@ def test_the_constants_can_be_measured_anywhere():
     command = [sys.executable, str(ROOT / "benchmarks" / "fit_choice.py"), "--smoke"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert said.startswith("torch.float32: Costs(dense_call=")
+
+
+def test_the_grid_names_its_worst_cell_and_the_backend(tmp_path):
+    sizes = ["--n", "8", "--d", "4", "--labels", "none", "hardN", "soft10", "--queue", "0", "20", "--seconds", "0"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_grid.py"), *sizes, "--busy", "1", "--no-plot"]
+    said = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said.count(" dense ") >= 5
+    assert "worst cell: " in said
+    report = json.loads((tmp_path / "bench_grid_busy.json").read_text())
+    assert {(cell["labels"], cell["queue"]) for cell in report["cells"]} == {
+        ("none", 0), ("hardN", 0), ("soft10", 0), ("hardN", 20), ("soft10", 20),
+    }  # fmt: skip
+    assert max(cell["ratio"] for cell in report["cells"]) > 0

@@ -10,7 +10,7 @@ import pytest
 import genscl_loss
 
 NAMES = sorted(name for name in genscl_loss.__all__ if name != "__version__")
-TOOLS = {"available_backends", "validate"}  # of this package, not of a paper
+TOOLS = {"auto_backend", "available_backends", "validate"}  # of this package, not of a paper
 SECTION = re.compile(r"^([A-Z][a-z]+):\n((?: .*\n|\n)*)", re.MULTILINE)
 
 

@@ -470,6 +470,7 @@ def test_everything_in_all_exists_and_nothing_is_missing():
         "cutmix",
         "mixup_cutmix",
         "collapsed_loss",
+        "auto_backend",
         "cached_backward",
         "contrastive_accuracy",
         "available_backends",

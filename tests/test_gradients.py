@@ -505,3 +505,74 @@ def test_a_scaled_loss_gives_a_scaled_gradient(backend, small_tile):
     gen_supcon_loss(plain, labels, backend=backend).backward()
     (gen_supcon_loss(scaled, labels, backend=backend) * 65536.0).backward()
     torch.testing.assert_close(scaled.grad / 65536.0, plain.grad, rtol=1e-5, atol=1e-8)
+
+
+# --- rows of zeros, twice differentiated ---------------------------------------------------------------------------
+
+
+def unit_or_zeros(rows: torch.Tensor) -> torch.Tensor:
+    """The convention: a row of zeros has the derivatives of a row whose length is a constant, one."""
+    zeros = (rows == 0).all(1, keepdim=True)
+    return torch.where(zeros, rows, rows / torch.where(zeros, 1.0, rows).norm(dim=1, keepdim=True))
+
+
+def penalised(loss, *leaves):
+    """What a gradient penalty differentiates, and its gradient."""
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    return penalty, *gradients, *torch.autograd.grad(penalty, leaves)
+
+
+@pytest.mark.parametrize("labels", ["none", "hard", "soft"])
+def test_a_gradient_penalty_is_finite_behind_a_dead_relu(labels):
+    a, b = random_features(N, 2, D, seed=30).unbind(1)
+    a = torch.cat([torch.zeros(1, D, dtype=a.dtype), a[1:]])  # the unit row of sample 0 is dead in view 0
+    chosen = {"none": None, "hard": HARD, "soft": soft_rows(N, C, seed=31)}[labels]
+    options = {"temperature": 0.3, "base_temperature": None}
+    ours, wanted = leaf(a), leaf(a)
+    found = penalised(gen_supcon_loss([ours, b], chosen, backend="dense", **options), ours)
+    rows = torch.cat([unit_or_zeros(wanted), unit_or_zeros(b)])
+    y = torch.arange(N) if chosen is None else chosen
+    y = torch.cat([y, y])
+    w = (y[:, None] == y).double() if y.dim() == 1 else unit_or_zeros(y) @ unit_or_zeros(y).T
+    itself = torch.eye(2 * N, dtype=torch.bool)
+    w = w.masked_fill(itself, 0)
+    log_q = (rows @ rows.T / 0.3).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0)
+    exact = penalised((-(w * log_q).sum(1) / (w.sum(1) + 1e-8)).mean(), wanted)
+    for value, reference in zip(found, exact, strict=True):
+        assert value.isfinite().all()
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gradient_penalty_is_finite_for_a_label_row_of_zeros():
+    x, y = random_features(N, 1, D, seed=32)[:, 0], soft_rows(N, C, seed=33)
+    y[2] = 0
+    leaves = [leaf(x), leaf(y)]
+    others = torch.arange(N) != 2
+    # the loss of the unlabelled row itself, 0 / 1e-8, has enormous derivatives of the labels: leave it out
+    losses = gen_supcon_loss(*leaves, temperature=0.3, base_temperature=None, reduction="none", backend="dense")
+    found = penalised(losses[others].sum(), *leaves)
+    copies = [leaf(x), leaf(y)]
+    z, u = unit_or_zeros(copies[0]), unit_or_zeros(copies[1])
+    itself = torch.eye(N, dtype=torch.bool)
+    w = (u @ u.T).masked_fill(itself, 0)
+    log_q = (z @ z.T / 0.3).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0)
+    exact = penalised((-(w * log_q).sum(1) / (w.sum(1) + 1e-8))[others].sum(), *copies)
+    for value, reference in zip(found, exact, strict=True):
+        assert value.isfinite().all()
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-19, 0.0])
+def test_a_short_row_counts_as_zeros_in_both_derivatives(length):
+    from genscl_loss._unit import unit_rows
+
+    direction = torch.tensor([[0.6, 0.8]])
+    x = (length * direction).requires_grad_()
+    z = unit_rows(x)
+    assert torch.equal(z, x)
+    upstream = torch.tensor([[3.0, -1.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(z, x, upstream, create_graph=True)
+    torch.testing.assert_close(gradient, upstream, rtol=0, atol=1e-15)
+    second = torch.autograd.grad(gradient.sum(), x, allow_unused=True)[0]
+    assert second is None or second.abs().max() <= 1e-10

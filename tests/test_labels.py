@@ -491,3 +491,21 @@ def test_mixup_cutmix_refuses_whatever_the_draw(switch_prob):
         L.mixup_cutmix(FLOAT_ROWS, INTS, 3, switch_prob=switch_prob)
     with pytest.raises(ValueError, match="^cutmix_alpha must be"):
         L.mixup_cutmix(IMAGES, INTS, 3, cutmix_alpha=-1.0, switch_prob=switch_prob)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_probabilities_are_no_logits(classes, dtype):
+    logits = torch.randn(5, classes, generator=seeded(0)).to(dtype)
+    with pytest.raises(ValueError, match=r"^logits has rows that sum to one.* logits.log\(\)"):
+        L.teacher_labels(logits.softmax(-1))
+    with pytest.raises(ValueError, match="^logits"):
+        L.teacher_labels(torch.eye(classes, dtype=dtype)[None])
+    assert L.teacher_labels(logits.abs()).isfinite().all()  # logits behind a ReLU
+    assert L.teacher_labels(torch.zeros(5, classes, dtype=dtype)).isfinite().all()
+    assert L.teacher_labels(torch.ones(5, 1, dtype=dtype)).eq(1).all()  # of one class: nothing to tell them apart by
+
+
+def test_an_ignored_class_gets_a_hint():
+    with pytest.raises(ValueError, match="^labels must be class indices.*-100.*row of zeros"):
+        L.smooth_labels(torch.tensor([0, -100, 2]), num_classes=3)

@@ -24,9 +24,9 @@ ARROWS = {
     "functional": {
         "_batch",
         "_backends",
-        "_backends.dense",
         "_checks",
         "_choices",
+        "_dense",
         "_distributed",
         "_global",
         "_linear",
@@ -37,6 +37,7 @@ ARROWS = {
     "queue": {"_checks", "_distributed", "_queue_state"},
     "_batch": {"_checks", "_choices", "_positives"},
     "_global": {"_backends", "_batch", "_distributed", "_library", "_positives", "_unit"},
+    "_dense": {"_backends.dense", "_library", "_unit"},
     "_linear": {"_backends.operator", "_library", "_positives", "_unit"},
     "_positives": {"_positives.alignment", "_positives.labels", "_positives.operator"},
     "_positives.operator": {"_positives.alignment", "_positives.labels", "_library"},

@@ -42,8 +42,8 @@ class Costs:
 # number of launches and the rates of an H100, none of them measured.
 _COSTS = {
     "cpu": {
-        torch.float32: Costs(350_000_000, 5_000, 1_000, 1_390_000_000, 1_900, 4_400, 12_000),
-        torch.float64: Costs(350_000_000, 10_000, 2_000, 1_390_000_000, 6_000, 9_000, 36_000),
+        torch.float32: Costs(590_000_000, 6_700, 2_200, 1_990_000_000, 3_900, 8_000, 11_000),
+        torch.float64: Costs(590_000_000, 12_300, 3_100, 1_990_000_000, 3_600, 9_500, 25_000),
     },
     "cuda": {
         torch.float32: Costs(110_000_000, 25, 10, 200_000_000, 2, 20, 40),
@@ -142,12 +142,23 @@ def auto_backend(
     Returns:
         One of `available_backends()`.
 
+    Raises:
+        ValueError: A number is negative.
+
     Example:
         >>> auto_backend(128, num_features=128, num_classes=100)
         'dense'
         >>> auto_backend(8192, num_features=128, num_classes=100)
         'tiled'
     """
+    for name, number in (
+        ("num_anchors", num_anchors),
+        ("num_contrasts", num_contrasts or 0),
+        ("num_features", num_features),
+        ("num_classes", num_classes),
+    ):
+        if number < 0:
+            raise ValueError(f"{name} must be >= 0; got {number}")
     where = torch.device(device)
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     is_self = num_contrasts is None

@@ -29,7 +29,11 @@ def log_softmax(
     """
     left_out = [] if self_offset is None else [self_offset]
     logits = _logits(anchors, contrasts, scale, left_out)
-    return logits.log_softmax(1) if weight is None else logits - _row_lse(_weighted(logits, weight))[:, None]
+    if weight is None:
+        return logits.log_softmax(1)
+    lse = _row_lse(_weighted(logits, weight))
+    # Zero if no contrast is there, so that all that is multiplied by a mass of zero is a number.
+    return logits - torch.where(lse > 0.5 * torch.finfo(lse.dtype).min, lse, lse.detach() * 0)[:, None]
 
 
 def row_lse(

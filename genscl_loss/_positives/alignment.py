@@ -129,8 +129,8 @@ def _label_grads(
     part = remember(lambda rows, _: torch.cat([weighted.part(rows, ALL), last[rows]], 1))
     left, right = (replace(x, columns=z.shape[1] + 1) for x in (replace(weighted, part=part), ones_beside))
     weights = Weights(left, right, offset, way)
-    a_factor = inverse_lengths(a)
-    b_factor = a_factor if given.contrast_labels is None else inverse_lengths(b)
+    a_factor = inverse_lengths(a.detach())
+    b_factor = a_factor if given.contrast_labels is None else inverse_lengths(b.detach())
     d_a = d_b = None
     if wanted[0]:
         d_a = unit_rows_grad(_put_together(weights.of(matrix(b, dtype, b_factor)), a), a, a_factor)
@@ -152,9 +152,9 @@ def _weights(given: Labelled, columns: int) -> tuple[Weights, torch.dtype]:
         on_cpu = a.device.type == "cpu"
         width = 1 + (max((int(y.max()) for y in sides if len(y)), default=0) if on_cpu else sum(map(len, sides)))
         left = Classes(a, width)
-        return Weights(left, left if itself else Classes(b, width), offset, by_class), sum_dtype(z)
-    a_factor = inverse_lengths(a)
-    b_factor = a_factor if itself else inverse_lengths(b)
+        return Weights(left, left if itself else Classes(b, width), offset, by_class), z.dtype
+    a_factor = inverse_lengths(a.detach())
+    b_factor = a_factor if itself else inverse_lengths(b.detach())
     way, dtype = _cheapest_way(
         len(a), len(b), a.shape[1], columns, z, offset, lambda: _float32_suffices(a, b, a_factor, b_factor)
     )

@@ -5,7 +5,8 @@ every anchor, O((A + M) C k) for k columns of x. Class numbers stand for one-hot
 What is left after the subtraction may be small, W_i against w_ii, and rounding that is relative to the whole is then
 large (up to 3e2 in the loss, for sharp labels of many classes in float32). Four ways, each of which is exact:
 
-- `by_class` subtracts, in float64; counts of classes are then whole numbers.
+- `by_class` subtracts one term of a sum that was taken in float64: W_i is a whole number, so that either nothing else
+  is in the sum, and exactly nothing remains, or W_i >= w_ii, as below.
 - `by_total` subtracts too: in float64, or in float32 where nothing is lost. With W_i >= w_ii the rounding of a sum that
   contains the self term, eps (W_i + w_ii), is at most twice that of one that does not, eps W_i.
 - `by_sweep` subtracts nothing: each block of contrasts gives to those behind it on the way down, and to those before it
@@ -99,9 +100,11 @@ def by_class(weights: Weights, x: Matrix) -> Sums:
     width = max(left.width, right.width)
     for cols in slices(x.columns, max(_FEWEST_COLUMNS, _TABLE // (x.copies * width))):
         total = x.zeros(width, cols)
+        total = total.to(sum_dtype(total))  # a class may be large
         step = chunk(total.shape[1], x.device)
         for rows in slices(right.rows, step):
-            _add_by_class(total, right.numbers[rows], x.part(rows, cols))
+            _add_by_class(total, right.numbers[rows], x.part(rows, cols).to(total.dtype))
+        total = total.to(x.dtype)
         for rows in slices(left.rows, step):
             sums = total.index_select(0, left.numbers[rows])
             selves, own = self_rows(rows, right.rows, weights.self_offset)
@@ -222,7 +225,9 @@ def matrix(x: Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Matri
     if factor is None:
         part: Part = lambda rows, cols: x[rows, cols].to(dtype)  # noqa: E731
     else:
-        part = lambda rows, cols: x[rows, cols].to(dtype) * factor[rows].to(dtype)  # noqa: E731
+        # In the wider dtype of both: rows of float64 may be longer than float32 has numbers for.
+        wide = torch.promote_types(x.dtype, dtype)
+        part = lambda rows, cols: (x[rows, cols].to(wide) * factor[rows].to(wide)).to(dtype)  # noqa: E731
     return Matrix(remember(part), x.shape[0], x.shape[1], dtype, x.device)
 
 
