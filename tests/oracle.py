@@ -109,7 +109,7 @@ def oracle_anchors(
     absent=frozenset(),
     normalize=True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per anchor: the loss and the positive mass W, in view-major order; `absent` rows, (view, sample), are not there."""
+    """Per anchor: the loss and the positive mass W, in view-major order; rows (view, sample) of `absent` are not."""
     feature_views = split_views(features)
     views, number = len(feature_views), feature_views[0].shape[0]
     prepare = unit if normalize else np.asarray
