@@ -247,10 +247,7 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
     try:
         problem = prepare()
         batch = problem.batch
-        is_weighted = batch.contrast_weight is not None
-        backend = choose(
-            problem.backend, batch.anchors, batch.num_contrasts, may_be_dense=False, is_weighted=is_weighted
-        )
+        backend = choose(problem.backend, batch.anchors, batch.num_contrasts, may_be_dense=False)
         precision = _precision(batch)
         agreed = {name: _told(value) for name, value in problem.options.items()}
         agreed |= facts(batch) | {"backend": backend}
@@ -334,9 +331,8 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     """sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
     backend = choose(
-        backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)),
-        is_self=contrasts is None, is_weighted=batch.contrast_weight is not None,
-    )  # fmt: skip
+        backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
+    )
     if backend == "dense" or batch.num_contrasts == 0:
         if batch.num_contrasts > 0 and batch.partner is None:
             weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]

@@ -175,7 +175,6 @@ def choose(
     *,
     is_self: bool = True,
     may_be_dense: bool = True,
-    is_weighted: bool = False,
 ) -> str:
     """Resolve "auto" as `auto_backend` does; refuse another of `BACKENDS` if it cannot be used."""
     num_anchors, num_features = anchors.shape
@@ -192,9 +191,7 @@ def choose(
         )
         if may_be_dense and not _is_symbolic(num_anchors, num_contrasts) and sizes.dense_is_best():
             return "dense"
-        return "tiled" if is_weighted else _linear(anchors.dtype, num_features, anchors.device)
-    if backend == "triton" and is_weighted:
-        raise ValueError('backend "triton" takes no contrast_weight and no ignore_index; "auto" takes another one')
+        return _linear(anchors.dtype, num_features, anchors.device)
     if backend == "triton" and (reason := _why_not_triton(anchors.dtype, num_features, anchors.device)) is not None:
         raise ValueError(f'backend "triton" cannot be used here: {reason}; "auto" takes another one')
     return backend

@@ -96,7 +96,7 @@ def _lse_kernel(
     if backend == "tiled":
         lse, sums = tiled.row_lse(anchors, contrasts, scale, _left_out(self_offset, partners), weight)
         return _finite(lse, weight), sums, _no_rows(anchors), _no_rows(anchors)
-    lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision)
+    lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision, weight)
     return _finite(lse, weight), sums, rows, _no_rows(anchors) if cols is None else cols
 
 
@@ -177,7 +177,7 @@ def _grad_kernel(
         d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, left_out, num_grads, weight)
     else:
         d_anchors, d_contrasts = fused.row_lse_grad(
-            grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, num_grads
+            grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, num_grads, weight
         )
     return d_anchors, grad.new_empty(0) if d_contrasts is None else d_contrasts
 
@@ -326,7 +326,7 @@ class _MirroredLse(torch.autograd.Function):
             if backend == "tiled":
                 d_rows = tiled.mirrored_grad(*given, weight)
             else:
-                d_rows = fused.mirrored_grad(*given, unit, num_rows, num_features)
+                d_rows = fused.mirrored_grad(*given, unit, num_rows, num_features, weight)
         if ctx.factor is not None:
             d_rows = d_rows * ctx.factor
         # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
