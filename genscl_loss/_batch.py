@@ -94,10 +94,6 @@ def make_batch(
             f'contrast_mode must be "all", "one" (view 0 against view 1) or "first" (view 0 against all views, '
             f'which SupContrast calls "one"); got {contrast_mode!r}'
         )
-    if include_batch and contrast_features is None:
-        raise ValueError(
-            "include_batch adds the batch to contrast_features, which is missing: without it the batch is all there is"
-        )
     views = _Views.of(features, contrast_mode, contrast_features, include_batch)
     if normalize:
         _check_not_signs(features)
@@ -159,6 +155,11 @@ class _Views:
     ) -> "_Views":
         views = _split_views(features)
         count = len(views)
+        if contrast_features is None and include_batch:
+            raise ValueError(
+                "include_batch adds the batch to contrast_features, which is missing: without them the batch is all "
+                "there is"
+            )
         if contrast_features is not None:
             _check_contrast_features(contrast_features, views[0])
             if not include_batch:

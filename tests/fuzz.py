@@ -231,9 +231,11 @@ def without_short_rows(value: Any) -> Any:
 
 
 def is_blind(call: dict[str, Any]) -> bool:
-    """Whether something that is not finite has no part in the loss: other views in mode "one", rows that weigh nothing."""
-    return call["contrast_mode"] == "one" or call.get("contrast_features") is not None or any(
-        name in call for name in ("sample_weight", "contrast_weight", "ignore_index")
+    """Whether what is not finite may have no part in the loss: other views in mode "one", rows that weigh nothing."""
+    return (
+        call["contrast_mode"] == "one"
+        or call.get("contrast_features") is not None
+        or any(name in call for name in ("sample_weight", "contrast_weight", "ignore_index"))
     )
 
 

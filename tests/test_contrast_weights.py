@@ -9,6 +9,7 @@ import torch
 from oracle import oracle_loss
 from strategies import run_loss, to_numpy
 from test_contrast_sets import KINDS, MODES, D, M, N, V, hard, labels_of, rows, soft
+from test_memory import peak_bytes
 from torch import Tensor
 from torch_reference import reference_loss
 
@@ -16,7 +17,6 @@ import genscl_loss
 from genscl_loss import GenSupConLoss, gen_supcon_loss
 
 NAN = float("nan")
-pytestmark = pytest.mark.not_on_triton("it takes no weights of contrasts yet")
 
 
 def weights(*shape: int, seed: int = 0, zeros: bool = True) -> Tensor:
@@ -152,13 +152,9 @@ def test_ignored_rows_of_a_set(backend, beside):
     features, memory = rows(N, D).requires_grad_(), rows(M, D, seed=1).requires_grad_()
     y, of_memory = hard(N), hard(M, seed=1)
     options = {"include_batch": beside, "backend": backend}
-    loss = gen_supcon_loss(
-        features, y, contrast_features=memory, contrast_labels=of_memory, ignore_index=2, **options
-    )
+    loss = gen_supcon_loss(features, y, contrast_features=memory, contrast_labels=of_memory, ignore_index=2, **options)
     a, b = y != 2, of_memory != 2
-    alone = gen_supcon_loss(
-        features[a], y[a], contrast_features=memory[b], contrast_labels=of_memory[b], **options
-    )
+    alone = gen_supcon_loss(features[a], y[a], contrast_features=memory[b], contrast_labels=of_memory[b], **options)
     torch.testing.assert_close(loss, alone, rtol=0, atol=1e-10)
     for ours, theirs in zip(*(torch.autograd.grad(x, [features, memory]) for x in (loss, alone)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
@@ -225,7 +221,9 @@ def test_a_label_that_has_a_gradient(backend, kind):
     loss = gen_supcon_loss(features, labels, contrast_weight=weight, backend=backend)
     wanted = reference_loss(features, labels, contrast_weight=weight)
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-10)
-    torch.testing.assert_close(torch.autograd.grad(loss, labels), torch.autograd.grad(wanted, labels), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, labels), torch.autograd.grad(wanted, labels), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
@@ -263,15 +261,13 @@ def test_compiled_with_padding_to_one_shape(dynamic):
 
 
 def balanced(z: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """The balanced contrastive loss of Zhu et al., arXiv:2207.09052, as published: classes of the denominator average."""
+    """The balanced contrastive loss of Zhu et al., arXiv:2207.09052, as published: classes of a denominator average."""
     z = torch.nn.functional.normalize(z, dim=1)
     losses = []
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
         logit = {j: z[i] @ z[j] / temperature for j in others}
-        total = sum(
-            sum(logit[j].exp() for j in others if y[j] == c) / (y == c).sum() for c in y.unique().tolist()
-        )
+        total = sum(sum(logit[j].exp() for j in others if y[j] == c) / (y == c).sum() for c in y.unique().tolist())
         positives = [j for j in others if y[j] == y[i]]
         losses.append(-sum(logit[j] - total.log() for j in positives) / max(1, len(positives)))
     return torch.stack([torch.as_tensor(x, dtype=z.dtype) for x in losses]).mean()
@@ -280,9 +276,7 @@ def balanced(z: Tensor, y: Tensor, temperature: float) -> Tensor:
 def test_the_balanced_contrastive_loss(backend):
     z, y = rows(20, D), torch.tensor([0] * 12 + [1] * 5 + [2] * 2 + [3])
     sizes = torch.zeros(4, dtype=torch.float64).index_add_(0, y, torch.ones(20, dtype=torch.float64))
-    loss = gen_supcon_loss(
-        z, y, contrast_weight=1 / sizes[y], temperature=0.2, base_temperature=None, backend=backend
-    )
+    loss = gen_supcon_loss(z, y, contrast_weight=1 / sizes[y], temperature=0.2, base_temperature=None, backend=backend)
     torch.testing.assert_close(loss, balanced(z, y, 0.2), rtol=1e-8, atol=0)
 
 
@@ -331,7 +325,11 @@ ONES = torch.ones(N)
         ({"contrast_weight": [1.0] * N}, TypeError, "^contrast_weight must be a tensor; got list"),
         ({"contrast_weight": ONES.cfloat()}, TypeError, "^contrast_weight must be real"),
         ({"ignore_index": 0, **SOFT}, ValueError, "^ignore_index is a class number.* got label vectors"),
-        ({"ignore_index": 0, "labels": None, "contrast_features": rows(N, D)}, ValueError, "^ignore_index .* no labels"),
+        (
+            {"ignore_index": 0, "labels": None, "contrast_features": rows(N, D)},
+            ValueError,
+            "^ignore_index .* no labels",
+        ),
         (
             {"ignore_index": 0, "labels": None, "label_similarity": torch.ones(N, N)},
             ValueError,
@@ -359,3 +357,25 @@ def test_the_module_keeps_ignore_index():
     )
     with pytest.raises(TypeError, match="^ignore_index"):
         GenSupConLoss(ignore_index="255")
+
+
+# ---- Memory ----
+
+
+@pytest.mark.parametrize("case", ["weights", "ignored", "memory", "memory and weights"])
+def test_memory_grows_linearly(case):
+    """A matrix would take 4 (many + few) bytes for each row that is added."""
+    few, many, width = 4096, 12288, 32
+
+    def peak(n: int) -> int:
+        features, labels = torch.randn(n, width, requires_grad=True), torch.arange(n) % 20
+        options: dict = {"backend": "tiled"}
+        if "memory" in case:
+            options |= {"contrast_features": torch.randn(n, width), "contrast_labels": labels, "include_batch": True}
+        if "weights" in case:
+            options["contrast_weight"] = torch.rand(2 * n if "memory" in case else n)
+        if case == "ignored":
+            options["ignore_index"] = 3
+        return peak_bytes(features, labels, **options)
+
+    assert (peak(many) - peak(few)) / (many - few) <= 16 * 4 * width * (2 if "memory" in case else 1)

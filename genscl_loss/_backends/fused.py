@@ -168,8 +168,8 @@ def _launch_lse(
     parts = lse.new_empty(splits, 2, n)
     for variant in _variants(scale, unit and logs is None):
         _kernels().row_lse[blocks, splits](
-            rows, cols, lse, parts, lse if logs is None else logs, _argument(scale), n, m, self_offset or 0, cols_per_split,
-            rows.stride(0), cols.stride(0),
+            rows, cols, lse, parts, lse if logs is None else logs, _argument(scale),
+            n, m, self_offset or 0, cols_per_split, rows.stride(0), cols.stride(0),
             plan.block_m, plan.block_n, plan.block_edge, plan.block_k, features, terms,
             HAS_SELF=self_offset is not None, PARTIAL=splits > 1, WEIGHTED=logs is not None,
             **variant, **_options(plan),

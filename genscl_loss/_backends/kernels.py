@@ -280,9 +280,7 @@ def row_lse(
         tile, _, _ = _logits(
             rows, rows_low, row_pointers, here, here, row_plane, col_plane, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS
         )
-        largest, total = _add_exp(
-            largest, total, tile, slope, None, LOG_WEIGHTS, col, BLOCK_N, FIXED, False, WEIGHTED
-        )
+        largest, total = _add_exp(largest, total, tile, slope, None, LOG_WEIGHTS, col, BLOCK_N, FIXED, False, WEIGHTED)
 
     pointers = _pointers(COLS, start, BLOCK_EDGE, BLOCK_K, WIDTH)
     for t in range(0, _num_edge_tiles(count, full, num_own, BLOCK_N, BLOCK_EDGE)):

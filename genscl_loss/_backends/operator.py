@@ -225,7 +225,8 @@ _row_lse = define_operator(
 _row_lse_grad = define_operator(
     "row_lse_grad",
     "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, Tensor? weight, SymInt? self_offset,"
-    " SymInt[] partners, bool unit, SymInt num_contrasts, SymInt num_features, SymInt num_grads, str backend) -> (Tensor, Tensor)",
+    " SymInt[] partners, bool unit, SymInt num_contrasts, SymInt num_features, SymInt num_grads, str backend)"
+    " -> (Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,
     setup_context=_grad_setup_context,
