@@ -11,16 +11,21 @@ SHARE := --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types coverage docs bench demo build test-wheel test-oldest clean
+.PHONY: help setup test test-all lint types coverage docs bench demo build test-wheel test-oldest clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  ARGS=... is passed on to pytest, mkdocs, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
 
-setup: $(VENV)/.installed-dev  ## Create .venv and install the package with all development tools
+setup: $(VENV)/.installed-dev $(VENV)/.documenting  ## Create .venv and install the package with all development tools
 
-test: lint types setup  ## Lint, check types, run all tests
+test: lint types setup  ## Lint, check types, run the tests: five to six minutes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
+
+# Properties again, with five times the examples.
+test-all: setup  ## Run the tests that `make test` leaves out: a quarter of an hour
+	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) \
+	    -m 'exhaustive or hypothesis' $(ARGS)
 
 lint: setup  ## Run ruff
 	$(BIN)/python -m ruff check .
@@ -28,13 +33,13 @@ lint: setup  ## Run ruff
 types: setup  ## Run mypy on the package
 	$(BIN)/python -m mypy
 
-coverage: setup  ## Run all tests and list the lines and branches that none of them takes
+coverage: setup  ## Run the tests and list the lines and branches that none of them takes
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-docs: $(VENV)/.installed-docs  ## Build the documentation: site/index.html
+docs: $(VENV)/.documenting  ## Build the documentation: site/index.html (without torch)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
@@ -51,7 +56,7 @@ build: $(VENV)/.installed-release  ## Build and check the wheel and the source a
 
 # In a folder of its own: the source archive without the package, and an environment with the wheel. Left out is what
 # reads the package's files beside the pages that link to them.
-test-wheel: build  ## Run all tests against the built wheel
+test-wheel: build  ## Run the tests against the built wheel
 	rm -rf build/wheel
 	mkdir -p build/wheel
 	tar -xzf dist/*.tar.gz --strip-components 1 -C build/wheel
@@ -64,13 +69,14 @@ test-wheel: build  ## Run all tests against the built wheel
 # The oldest versions that pyproject.toml allows, of what a release of torch comes with. Everything else as ever.
 OLDEST := torch==2.8.0 triton==3.4.0 numpy==2.3.5
 
-test-oldest: $(VENV)/.created  ## Run all tests with the oldest PyTorch that is supported
+test-oldest: $(VENV)/.created  ## Run the tests with the oldest PyTorch that is supported
 	rm -rf build/oldest
 	mkdir -p build/oldest
 	grep -vE '^(torch|triton|numpy)==' constraints.txt > build/oldest/constraints.txt
 	printf '%s\n' $(OLDEST) >> build/oldest/constraints.txt
 	$(BIN)/python -m venv build/oldest/.venv
-	build/oldest/.venv/bin/python -m pip install --quiet --editable '.[dev]' --constraint build/oldest/constraints.txt
+	build/oldest/.venv/bin/python -m pip install --quiet --editable '.[dev]' --requirement docs/requirements.txt \
+	    --constraint build/oldest/constraints.txt
 	build/oldest/.venv/bin/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
@@ -86,8 +92,12 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(VENV)/.documenting: $(VENV)/.created docs/requirements.txt constraints.txt
+	$(BIN)/python -m pip install --quiet --requirement docs/requirements.txt --constraint constraints.txt
+	@touch $@
+
 # One stamp for each extra of pyproject.toml. `dev` contains the others, so it brings their stamps along.
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing genscl-loss[$*] into $(VENV) (minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable '.[$*]' --constraint constraints.txt
-	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/.installed-,bench docs examples))
+	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/.installed-,bench examples))

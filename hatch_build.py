@@ -1,6 +1,7 @@
 """Makes the description on the package index of README.md: its links lead to files that are not there.
 
-With a `Repository` in `[project.urls]` they lead to the release's files in it. Until there is one, their text stays.
+With a `Repository` in `[project.urls]` they lead to the release's files in it. Until there is one, their text stays,
+and what is nothing without them goes: pictures with what is said below them, and the list of pages.
 """
 
 import re
@@ -10,6 +11,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[([^]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
+PICTURE = re.compile(r"^!\[[^]]*\]\((?![a-z]+:).*?\n\n", re.MULTILINE | re.DOTALL)
+PAGES = re.compile(r"^## Documentation\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
 
 
 def description(markdown: str, repository: str | None, version: str) -> str:
@@ -18,9 +21,11 @@ def description(markdown: str, repository: str | None, version: str) -> str:
     def lead(found: re.Match[str]) -> str:
         picture, text, target = found.groups()
         if repository is None:
-            return "" if picture else text
+            return text
         return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/v{version}/{target})"
 
+    if repository is None:
+        markdown = PAGES.sub("", PICTURE.sub("", markdown))
     parts = FENCE.split(markdown)
     parts[::2] = [LINK.sub(lead, prose) for prose in parts[::2]]
     return "".join(parts)

@@ -171,8 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     path = write(report, arguments.out)
     print(f"written: {path}")
     if not arguments.no_plot and "matplotlib" not in report["absent"]:
-        draw(report, path.with_suffix(".png"))
-        print(f"written: {path.with_suffix('.png')}")
+        for picture in draw(report, path.with_suffix(".png")):
+            print(f"written: {picture}")
     methods = all_methods()
     return int(any(methods[r.method].ours and r.status.startswith(("failed", "wrong")) for r in measured))
 

@@ -32,7 +32,7 @@ TRAINER = EXAMPLES / "train_cifar.py"
 
 import torch  # noqa: E402
 import train_cifar as trainer  # noqa: E402
-from cifar_data import load  # noqa: E402
+from cifar_data import Subset, load  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from report import describe_machine, describe_versions, git_commit  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -133,7 +133,7 @@ def throughput(settings: list[str]) -> dict[str, Any]:
     """Images per second of whole training steps, and of the network alone on random tensors; of pairs in turns."""
     options = trainer.parse_options([*settings, "--method", "genscl", "--mix", "mixup_cutmix"])
     world = trainer.World.join(options.device)
-    images = load(options.data, options.data_folder, options.per_class, options.image_size).to(world.device)
+    images = load(options.data, options.data_folder, Subset(options.per_class), options.image_size).to(world.device)
     options.out = Path("not-written")
     run = trainer.start(options, images, trainer.World(1, 1, world.device))  # rank 1 writes nothing
     objective, _ = trainer.make_objective(run, images, None, options, world)
@@ -180,8 +180,8 @@ def rates(throughput: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(5, 5), layout="constrained")  # legible on a phone
+    axes = figure.subplots(2, 1)
     keys = [key for key, *_ in METHODS][::-1]
     for axis, judge, title in zip(axes, JUDGES, ("linear probe", "weighted kNN"), strict=True):
         for row, key in enumerate(keys):
@@ -189,10 +189,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
             mean, _ = summary(runs, judge)
             axis.plot([run["results"][judge][0] for run in runs], [row] * len(runs), "o", color="tab:blue", alpha=0.6)
             axis.plot([mean, mean], [row - 0.25, row + 0.25], color="navy", linewidth=2)
-        axis.set(title=title, xlabel="test accuracy in %")
+        axis.set_title(title, fontsize=11)
+        names = [dict((k, t) for k, t, _ in METHODS)[key].strip("()") for key in keys]
+        axis.set_yticks(range(len(keys)), names, fontsize=9)
         axis.grid(alpha=0.3)
-    axes[0].set_yticks(range(len(keys)), [dict((k, t) for k, t, _ in METHODS)[key].strip("()") for key in keys])
-    figure.savefig(path, dpi=130)
+    figure.suptitle("Test accuracy in %", fontsize=11)
+    figure.savefig(path, dpi=150)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

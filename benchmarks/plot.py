@@ -36,26 +36,31 @@ STYLES: dict[str, dict[str, Any]] = {
 SETTING = ("d", "c", "labels", "dtype", "temperature")
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """One row of panels (time, memory) for each setting that was measured at two sizes or more, or else for all."""
+def draw(report: dict[str, Any], path: Path) -> list[Path]:
+    """A picture of time over memory, legible on a phone, for each setting that was measured at two sizes or more.
+
+    Without such a setting, for all. The first is `path`, the others have its name and a number.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     settings = list(group(report["results"]).values())
     sweeps = [rows for rows in settings if len({row["n"] for row in rows}) > 1] or settings
-    figure = Figure(figsize=(11, 1.2 + 3.6 * len(sweeps)), layout="constrained")
-    panels = figure.subplots(len(sweeps), 2, squeeze=False)
-    handles: dict[str, Any] = {}
-    for rows, (time_axes, memory_axes) in zip(sweeps, panels, strict=True):
-        name = "D={d}, C={c}, {labels} labels, {dtype}".format(**rows[0])
-        handles |= lines(time_axes, rows, "total_ms")
-        handles |= lines(memory_axes, rows, "extra_bytes")
-        finish(time_axes, f"Forward + backward\n{name}", "milliseconds", rows)
-        finish(memory_axes, f"Peak extra memory\n{name}", "MB", rows)
-    ordered = {key: handles[key] for key in STYLES if key in handles}
     titles = {row["method"]: row["title"] for row in report["results"]}
-    figure.legend(ordered.values(), [titles[key] for key in ordered], loc="outside right upper", frameon=False)
-    figure.suptitle(headline(report), fontsize=11)
-    figure.savefig(path, dpi=130)
+    written = []
+    for number, rows in enumerate(sweeps, start=1):
+        figure = Figure(figsize=(5, 6.6), layout="constrained")
+        time_axes, memory_axes = figure.subplots(2, sharex=True)
+        handles = lines(time_axes, rows, "total_ms") | lines(memory_axes, rows, "extra_bytes")
+        finish(time_axes, "Forward + backward, milliseconds", rows)
+        finish(memory_axes, "Peak extra memory, MB", rows)
+        memory_axes.set_xlabel("batch size N")
+        ordered = {key: handles[key] for key in STYLES if key in handles}
+        names = [titles[key] for key in ordered]
+        figure.legend(ordered.values(), names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        figure.suptitle(f"{headline(report)}\n{'D={d}, C={c}, {labels} labels, {dtype}'.format(**rows[0])}", fontsize=9)
+        written.append(path if number == 1 else path.with_stem(f"{path.stem}-{number}"))
+        figure.savefig(written[-1], dpi=150)
+    return written
 
 
 def group(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -82,12 +87,12 @@ def lines(axes: Any, rows: list[dict[str, Any]], quantity: str) -> dict[str, Any
     return handles
 
 
-def finish(axes: Any, title: str, unit: str, rows: list[dict[str, Any]]) -> None:
+def finish(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
     sizes = sorted({row["n"] for row in rows})
-    axes.set(xscale="log", yscale="log", xlabel="batch size N", ylabel=unit)
+    axes.set(xscale="log", yscale="log")
     axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
     axes.minorticks_off()
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -95,15 +100,15 @@ def finish(axes: Any, title: str, unit: str, rows: list[dict[str, Any]]) -> None
 def headline(report: dict[str, Any]) -> str:
     machine, versions = report["machine"], report["versions"]
     chip = machine["gpu"] or f"{machine['cpu']} ({machine['threads']} of {machine['cores']} cores)"
-    return f"genscl-loss {versions['genscl-loss']} on {chip}, torch {versions['torch']}, {report['date'][:10]}"
+    return f"genscl-loss {versions['genscl-loss']}, torch {versions['torch']}, {report['date'][:10]}\n{chip}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, nargs="+", help="JSON files that bench_loss.py wrote")
     for path in parser.parse_args().results:
-        draw(json.loads(path.read_text()), path.with_suffix(".png"))
-        print(f"written: {path.with_suffix('.png')}")
+        for picture in draw(json.loads(path.read_text()), path.with_suffix(".png")):
+            print(f"written: {picture}")
 
 
 if __name__ == "__main__":

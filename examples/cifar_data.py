@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import tarfile
@@ -84,27 +85,61 @@ class Images:
         variance = (counts * (levels - mean[:, None]).square()).sum(1) / counts.sum(1)
         return mean.tolist(), variance.sqrt().clamp_min(1e-3).tolist()
 
+    def digest(self) -> str:
+        """Of all pixels and labels: two runs with the same one had the same images."""
+        content = hashlib.sha256()
+        for tensor in (*self.train, *self.test):
+            content.update(tensor.contiguous().cpu().numpy().tobytes())
+        return content.hexdigest()[:16]
 
-def load(data: str, folder: Path, per_class: int | None = None, size: int = 32) -> Images:
+
+class Subset(NamedTuple):
+    """Which training images of each class are used: the first of an order, or of one that is drawn.
+
+    `validation` images from the other end of the order take the place of the test images.
+    """
+
+    per_class: int | None = None
+    seed: int | None = None
+    validation: int = 0
+
+    def rows(self, label: int, count: int) -> tuple[list[int], list[int]]:
+        """Of the `count` training images of a class, those for training and those for validation."""
+        order = list(range(count))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + label)
+            order = torch.randperm(count, generator=generator).tolist()
+        left = count - self.validation
+        if self.validation and left < (self.per_class or 1):
+            raise DataError(f"a class has {count} training images: too few to put {self.validation} aside")
+        return order[:left][: self.per_class], order[left:]
+
+
+def load(data: str, folder: Path, subset: Subset | None = None, size: int = 32) -> Images:
     """Read a data set.
 
     Args:
         data: "cifar10", "cifar100", or the path of a folder or tar of images: `train/<class>/*` and `test/<class>/*`
             (or `val`). Without these two, `<class>/*`, of which every fifth image of a class is a test image.
         folder: Where official archives are, or are downloaded to.
-        per_class: Training images taken of each class, the first in the archive or by name; all if None.
+        subset: Which training images are used, in the order of the archive or by name; all if None.
         size: Height and width of images from folders. Others are scaled, and cut in the middle if not square.
 
     Raises:
         DataError: Data are missing, damaged, or not what they should be.
     """
+    subset = subset or Subset()
     if data not in CIFAR:
-        return _load_classes(Path(data), per_class, size)
+        return _load_classes(Path(data), subset, size)
     images = _load_cifar(data, folder)
-    if per_class is not None:
+    if subset != Subset():
         x, y = images.train
-        rows = torch.cat([(y == c).nonzero()[:per_class, 0] for c in range(len(images.classes))])
-        images.train = x[rows], y[rows]
+        of_class = [(y == c).nonzero()[:, 0] for c in range(len(images.classes))]
+        chosen = [[rows[part] for part in subset.rows(c, len(rows))] for c, rows in enumerate(of_class)]
+        train, validation = (torch.cat(part) for part in zip(*chosen, strict=True))
+        images.train = x[train], y[train]
+        if subset.validation:
+            images.test = x[validation], y[validation]
     return images
 
 
@@ -166,7 +201,7 @@ def _unpickle(content: bytes) -> dict:
 
 
 # ------------------------------------------------------------------ class folders
-def _load_classes(path: Path, per_class: int | None, size: int) -> Images:
+def _load_classes(path: Path, subset: Subset, size: int) -> Images:
     if not path.exists():
         raise DataError(f"--data {path} does not exist. It may also be {' or '.join(CIFAR)}.")
     found: dict[str, dict[str, list[tuple[str, bytes]]]] = defaultdict(lambda: defaultdict(list))
@@ -191,7 +226,10 @@ def _load_classes(path: Path, per_class: int | None, size: int) -> Images:
     classes = sorted(name for name, files in train.items() if files)
     if len(classes) < 2:
         raise DataError(f"{path} has training images of {', '.join(classes)} only; at least 2 classes are needed")
-    train = {name: files[:per_class] for name, files in train.items()}
+    chosen = {name: subset.rows(label, len(train[name])) for label, name in enumerate(classes)}
+    if subset.validation:
+        test = {name: [train[name][row] for row in rows] for name, (_, rows) in chosen.items()}
+    train = {name: [train[name][row] for row in rows] for name, (rows, _) in chosen.items()}
     return Images(_decode_all(train, classes, size), _decode_all(test, classes, size), classes)
 
 

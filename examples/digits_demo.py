@@ -170,18 +170,19 @@ def plot_losses(losses: dict[Method, np.ndarray], batch: int, path: Path) -> Non
     figure.savefig(path, dpi=130)
 
 
-def plot_embeddings(features: dict[Method, np.ndarray], scores: dict, labels: np.ndarray, path: Path) -> None:
-    """The test features of the first seed, scaled to unit length, in two dimensions (t-SNE)."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+def plot_embeddings(features: dict[Method, np.ndarray], labels: np.ndarray, path: Path) -> None:
+    """The test features of the first seed, scaled to unit length, in two dimensions (t-SNE). Legible on a phone."""
+    figure = Figure(figsize=(6, 2.4), layout="constrained")
     for axis, (method, rows) in zip(figure.subplots(1, len(features)), features.items(), strict=True):
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
         points = TSNE(perplexity=30, random_state=0).fit_transform(unit)
-        dots = axis.scatter(*points.T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=8, linewidths=0)
-        axis.set_title(f"{method.name}\nlinear probe {scores[method][0, 0]:.1f} %", fontsize=12)
+        dots = axis.scatter(*points.T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=3, linewidths=0)
+        axis.set_title(method.name, fontsize=11)
         axis.set(xticks=[], yticks=[])
     handles, _ = dots.legend_elements(num=range(CLASSES))
-    figure.legend(handles, range(CLASSES), title="digit", loc="outside right center", frameon=False, markerscale=1.3)
-    figure.savefig(path, dpi=130)
+    places = {"loc": "outside lower center", "ncols": CLASSES, "handletextpad": 0, "columnspacing": 1}
+    figure.legend(handles, range(CLASSES), frameon=False, **places)
+    figure.savefig(path, dpi=160)
 
 
 # ------------------------------------------------------------------ the comparison
@@ -242,7 +243,8 @@ def main() -> None:
     print_tables(losses, scores, seconds, batch)
     curves, embeddings = arguments.out / "digits_losses.png", arguments.out / "digits_embeddings.png"
     plot_losses(losses, batch, curves)
-    plot_embeddings({m: runs[0] for m, runs in features.items()}, scores, labels[test_rows].numpy(), embeddings)
+    shown = {method: runs[0] for method, runs in features.items() if not method.distilled}
+    plot_embeddings(shown, labels[test_rows].numpy(), embeddings)
     print(f"\nLoss curves:     {curves}\nTest embeddings: {embeddings} (t-SNE, seed {seeds[0]})")
 
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PROJECTION = 128  # the width of embeddings
 NORMS = {"batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 8)}  # the second takes no account of other images
 
 
@@ -122,7 +121,7 @@ def make_network(config: dict, num_classes: int, mean: list[float], std: list[fl
     encoder = ENCODERS[name](norm=config["norm"]) if name in ENCODERS else call_by_name("--arch", name)
     if not isinstance(getattr(encoder, "num_features", None), int):
         raise CheckpointError(f"--arch {name} must return a module with num_features, the width of what it returns")
-    return Network(encoder, PROJECTION if projects else num_classes, projects, mean, std)
+    return Network(encoder, config["projection"] if projects else num_classes, projects, mean, std)
 
 
 def call_by_name(option: str, name: str) -> nn.Module:

@@ -27,7 +27,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cifar_data import CIFAR, DataError, Images, load, make_augmentation
+from cifar_data import CIFAR, DataError, Images, Subset, load, make_augmentation
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from networks import ENCODERS, NORMS, CheckpointError, Network, load_teacher, make_network, read_checkpoint
@@ -36,12 +36,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from genscl_loss import GenSupConLoss, collapsed_loss, cutmix, mixup, mixup_cutmix, teacher_labels
+from genscl_loss import (
+    FeatureQueue,
+    GenSupConLoss,
+    collapsed_loss,
+    cutmix,
+    mixup,
+    mixup_cutmix,
+    smooth_labels,
+    teacher_labels,
+)
 
 MIXES = {"none": None, "mixup": mixup, "cutmix": cutmix, "mixup_cutmix": mixup_cutmix}
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SOURCES = ("train_cifar.py", "cifar_data.py", "networks.py")
-MAY_DIFFER = {"out", "resume", "data", "data_folder", "device", "smoke"}  # between a run and its continuation
+# Between a run and its continuation
+MAY_DIFFER = {"out", "resume", "data", "data_folder", "device", "smoke", "save_every"}
 
 
 class RunError(Exception):
@@ -76,24 +86,29 @@ class World:
 # ------------------------------------------------------------------ one run
 @dataclass
 class Run:
-    """What a run consists of. Weights, optimizer, scaler and history change, and so are what a checkpoint holds."""
+    """What a run consists of. Weights, optimizer, scaler, queue and history change: a checkpoint holds them."""
 
     config: dict
     classes: list[str]
     model: Network
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    queue: FeatureQueue | None
     history: list[dict]  # one entry for each epoch
     folder: Path
+    saved: int = 0  # epochs that the checkpoint holds
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "last.pt"
 
+    def parts(self) -> dict:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "queue": self.queue}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def save(self) -> None:
         """Write under another name first: an interruption must not leave half of a checkpoint."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {"config": self.config, "classes": self.classes, "history": self.history}
         unfinished = self.checkpoint.with_suffix(".tmp")
         with unfinished.open("wb") as file:
@@ -101,7 +116,7 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(self.checkpoint)
-        self.write_metrics()
+        self.saved = len(self.history)
 
     def write_metrics(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
@@ -116,15 +131,16 @@ class Run:
                 raise RunError(f"{self.folder} has a run with {what} {before}, not {now}: choose another --out")
         if saved["classes"] != self.classes:
             raise RunError(f"{self.folder} is a run on other classes: {', '.join(saved['classes'])}")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
         self.history = saved["history"]
+        self.saved = len(self.history)
 
 
 def start(options: argparse.Namespace, images: Images, world: World) -> Run:
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    config |= {"train_images": len(images.train[1]), "test_images": len(images.test[1]), "processes": world.size}
+    config |= {"train_images": len(images.train[1]), "test_images": len(images.test[1]), "images": images.digest()}
+    config |= {"processes": world.size}
     torch.manual_seed(options.seed)
     model = make_network(config, len(images.classes), *images.statistics())
     model = model.to(world.device, memory_format=torch.channels_last)
@@ -134,7 +150,12 @@ def start(options: argparse.Namespace, images: Images, world: World) -> Run:
     is_sgd = options.optimizer == "sgd"
     optimizer = torch.optim.SGD(**given, momentum=0.9, nesterov=True) if is_sgd else torch.optim.AdamW(**given)
     scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
-    run = Run(config, images.classes, model, optimizer, scaler, [], options.out)
+    queue = None
+    if options.queue_size:
+        has_vectors = (options.mix != "none" or options.smoothing > 0) and not options.hard_labels
+        classes = len(images.classes) if has_vectors else None
+        queue = FeatureQueue(options.queue_size, options.projection, classes, group=world.group).to(world.device)
+    run = Run(config, images.classes, model, optimizer, scaler, queue, [], options.out)
     if options.resume and run.checkpoint.exists():
         run.resume()
     if world.rank == 0:
@@ -163,23 +184,55 @@ def make_objective(
     model = torch.compile(run.model) if options.compile else run.model
     if world.group is not None:
         model = DistributedDataParallel(model)
-    weight, tau = options.teacher_weight, options.temperature
-    criterion = GenSupConLoss(tau, teacher_weight=weight, group=world.group)
-    collapsed = collapsed_loss(2 * options.batch_size - 1, tau) * (1 + weight * (teacher is not None))
+    weight, queue, num_classes = options.teacher_weight, run.queue, len(images.classes)
+    alone = weight == math.inf  # the teacher's labels take the place of the images' own
+    terms = 1 + weight if teacher is not None and not alone else 1
+    criterion = GenSupConLoss(
+        options.temperature,
+        teacher_weight=1 if alone else weight,
+        empty_anchors=options.empty_anchors,
+        group=None if queue is not None else world.group,  # a queue already holds the rows of all processes
+    )
+    contrasts = (
+        options.batch_size // world.size + options.queue_size if queue is not None else 2 * options.batch_size - 1
+    )
+    collapsed = collapsed_loss(contrasts, options.temperature) * terms
+
+    def contrastive(views: list[Tensor], labels: list[Tensor], opinions: list[Tensor] | None) -> Tensor:
+        if queue is None:
+            return criterion(views, labels, teacher_labels=opinions)
+        # Each view against the other one and what the queue holds of earlier steps.
+        past, past_labels = queue.features, queue.labels
+        loss = sum(
+            criterion(
+                views[i],
+                labels[i],
+                contrast_features=torch.cat([views[1 - i], past]),
+                contrast_labels=torch.cat([labels[1 - i], past_labels]),
+            )
+            for i in range(2)
+        )
+        queue.enqueue(torch.cat(views), torch.cat(labels))
+        return loss / 2
 
     def objective(rows: Tensor) -> Tensor:
         views, labels = [augment(x[rows].float() / 255) for _ in range(2)], [y[rows]] * 2
         if mix is not None:  # every view has its own partners and its own lambda, and so its own soft labels
-            mixed = [mix(view, y[rows], len(images.classes), options.mix_alpha) for view in views]
+            mixed = [mix(view, y[rows], num_classes, options.mix_alpha) for view in views]
             views, labels = [view for view, _ in mixed], [soft for _, soft in mixed]
+        if options.hard_labels:
+            labels = [soft.argmax(1) for soft in labels]
+        if options.smoothing:
+            labels = [smooth_labels(label, num_classes, options.smoothing) for label in labels]
         batch, opinions = torch.cat(views).contiguous(memory_format=torch.channels_last), None
         with autocast(options, world):
             outputs = model(batch)
             if teacher is not None:  # it judges the mixed images
                 opinions = teacher_labels(teacher(batch), options.teacher_temperature)
+        if alone:
+            labels, opinions = opinions.chunk(2), None
         if options.method != "ce":
-            guidance = None if opinions is None else opinions.chunk(2)
-            return criterion(outputs.chunk(2), labels, teacher_labels=guidance)
+            return contrastive(outputs.chunk(2), labels, None if opinions is None else opinions.chunk(2))
         loss = F.cross_entropy(outputs.float(), torch.cat(labels))
         return loss if opinions is None else loss + weight * F.cross_entropy(outputs.float(), opinions)
 
@@ -243,7 +296,9 @@ def train(run: Run, images: Images, teacher: nn.Module | None, options: argparse
                 tqdm.write(f"warning: the loss is that of a collapsed model, {collapsed:.3f}: if it stays, lower --lr")
             if options.knn_every and (epoch + 1) % options.knn_every == 0:
                 entry["knn"] = neighbours(*features_of(run, images, options, world))[0]
-            run.save()
+            if (epoch + 1) % options.save_every == 0 or epoch + 1 == options.epochs:
+                run.save()
+            run.write_metrics()
 
 
 def check_finite(losses: Tensor, epoch: int, run: Run) -> None:
@@ -253,7 +308,7 @@ def check_finite(losses: Tensor, epoch: int, run: Run) -> None:
 
 
 def stop(what: str, run: Run) -> NoReturn:
-    kept = f"{run.checkpoint} holds epoch {len(run.history)}" if run.history else "there is no checkpoint yet"
+    kept = f"{run.checkpoint} holds epoch {run.saved}" if run.saved else "there is no checkpoint yet"
     raise RunError(f"{what}: training stops; {kept}. A lower --lr, more --warmup-epochs or --amp off may help.")
 
 
@@ -315,7 +370,8 @@ def evaluate(run: Run, images: Images, options: argparse.Namespace, world: World
     results = {"linear": linear_probe(*rows), "knn": neighbours(*rows)}
     if options.method == "ce":
         results["classifier"] = accuracies(run.model.head(rows[2]).detach(), rows[3])
-    print(f"\n{options.out}: test accuracy in % after {len(run.history)} epochs\n{'':<18}{'top-1':>8}{'top-5':>8}")
+    judged = "validation" if options.validation else "test"
+    print(f"\n{options.out}: {judged} accuracy in % after {len(run.history)} epochs\n{'':<18}{'top-1':>8}{'top-5':>8}")
     for name, (first, fifth) in results.items():
         print(f"{name:<18}{first:>8.2f}{fifth:>8.2f}")
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -349,7 +405,7 @@ def draw(run: Run, features: Tensor, labels: Tensor) -> None:
         for i, name in enumerate(run.classes):
             axis.scatter([], [], color=dots.to_rgba(i), label=name)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    axis.set(xticks=[], yticks=[], title="Test images: encoder features, t-SNE")
+    axis.set(xticks=[], yticks=[], title="Images not trained on: encoder features, t-SNE")
     axis.figure.savefig(run.folder / "embeddings.png", dpi=130)
 
 
@@ -364,19 +420,26 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="cifar10", help=f"{', '.join(CIFAR)}, or a folder or tar of class folders")
     add("--data-folder", type=Path, default=Path("data"), help="where official archives are, or are downloaded to")
     add("--per-class", type=int, help="use so many training images of each class (default: all)")
+    add("--subset-seed", type=int, help="of drawing these (default: the first ones are used)")
+    add("--validation", type=int, default=0, help="judge on so many other training images of each class instead")
     add("--image-size", type=int, default=32, help="to which images of folders are scaled")
     kinds = ("standard", "randaugment", "none")  # RandAugment chooses its operations anew for each batch
     add("--augment", choices=kinds, default="standard", help="random changes of each view")
     add("--method", choices=("ce", "supcon", "genscl"), default="genscl", help="what is minimised")
     add("--mix", choices=MIXES, default="none", help="how images and labels are mixed, each view on its own")
     add("--mix-alpha", type=float, default=1.0, help="the mixing weight is drawn from Beta(alpha, alpha)")
+    add("--hard-labels", action="store_true", help="mix images only: the label is that of the larger share")
+    add("--smoothing", type=float, default=0.0, help="share of the label that is spread over all classes")
     add("--temperature", type=float, default=0.1, help="of the contrastive losses")
+    add("--queue-size", type=int, default=0, help="contrast with so many embeddings of earlier steps, too")
+    add("--empty-anchors", choices=("zero", "ignore"), default="zero", help="what anchors without positives count")
     add("--teacher", type=Path, help="checkpoint of a network that gives logits")
     add("--teacher-model", help="module:function that makes it, for a file of weights only")
     add("--trust-teacher", action="store_true", help="the file may run code: for a whole module that was saved")
-    add("--teacher-weight", type=float, default=1.0, help="of the teacher's term")
+    add("--teacher-weight", type=float, default=1.0, help="of the teacher's term; inf: no other term")
     add("--teacher-temperature", type=float, default=1.0, help="of the teacher's probabilities")
     add("--arch", default="resnet18", help=f"{', '.join(ENCODERS)}, or module:function")
+    add("--projection", type=int, default=128, help="width of the embeddings, which the head of two layers makes")
     add("--norm", choices=NORMS, default="batch", help="normalisation layers of the network")
     add("--epochs", type=int, default=100, help="times that all images are seen, in two views")
     add("--batch-size", type=int, default=1024, help="images per step, of all processes")
@@ -385,6 +448,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, help="(default: sgd 0.0001, adamw 0.05)")
     add("--warmup-epochs", type=int, help="epochs of linear warm-up (default: a tenth, 10 at most)")
     add("--knn-every", type=int, default=10, help="epochs between kNN evaluations; 0 for the end only")
+    add("--save-every", type=int, default=1, help="epochs between checkpoints")
     add("--amp", choices=AMP, default="bf16", help="type of products in the network; the loss is in float32")
     add("--compile", action="store_true", help="compile the network")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
@@ -401,18 +465,29 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         options.weight_decay = 1e-4 if options.optimizer == "sgd" else 0.05
     if options.warmup_epochs is None:
         options.warmup_epochs = min(10, options.epochs // 10)
-    if options.method == "supcon" and (options.mix != "none" or options.teacher):
-        parser.error("--method supcon has hard labels only: --mix and --teacher need genscl or ce")
+    if options.method == "supcon" and (options.mix != "none" or options.teacher or options.smoothing):
+        parser.error("--method supcon has hard labels only: --mix and --teacher need genscl or ce, as does --smoothing")
+    if options.queue_size and (options.teacher or options.method == "ce"):
+        parser.error("--queue-size needs genscl or supcon without --teacher, whose labels the queue does not hold")
+    if options.teacher_weight == math.inf and not options.teacher:
+        parser.error("--teacher-weight inf leaves nothing to learn without a --teacher")
+    if options.hard_labels and options.mix == "none":
+        parser.error("--hard-labels needs a --mix, without which labels are hard")
     at_least = {"per_class": 1, "image_size": 8, "epochs": 1, "batch_size": 2, "warmup_epochs": 0, "knn_every": 0}
+    at_least |= {"validation": 0, "queue_size": 0, "projection": 1, "save_every": 1}
     for name, least in at_least.items():
         if (value := getattr(options, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     for name in ("lr", "temperature", "teacher_temperature"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive")
-    for name in ("weight_decay", "teacher_weight", "mix_alpha"):
+    for name in ("weight_decay", "mix_alpha"):
         if not 0 <= getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if not options.teacher_weight >= 0:
+        parser.error("--teacher-weight must not be negative")
+    if not 0 <= options.smoothing <= 1:
+        parser.error("--smoothing must be between 0 and 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     if options.batch_size % (processes := int(os.environ.get("WORLD_SIZE", "1"))):
@@ -425,7 +500,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if (options.out / "config.json").exists() and not options.resume:
             raise RunError(f"{options.out} holds a run already: --resume it, or choose another --out")
-        images = load(options.data, options.data_folder, options.per_class, options.image_size)
+        subset = Subset(options.per_class, options.subset_seed, options.validation)
+        images = load(options.data, options.data_folder, subset, options.image_size)
         if options.batch_size > len(images.train[1]):
             raise RunError(f"--batch-size {options.batch_size} is more than all {len(images.train[1])} training images")
         given = (options.teacher, options.teacher_model, options.trust_teacher, images.classes)

@@ -98,7 +98,7 @@ def make_batch(
     if normalize:
         _check_not_signs(features)
     if contrast_labels is None:  # whose presence says that labels are labels
-        _check_not_a_view(features, labels)
+        _check_not_a_view(views, labels)
     if label_similarity is not None:
         if labels is not None or contrast_labels is not None:
             raise ValueError("label_similarity replaces labels and contrast_labels: give one or the other")
@@ -355,11 +355,12 @@ def _check_not_signs(features: Tensor | Sequence[Tensor]) -> None:
         )
 
 
-def _check_not_a_view(features: object, labels: object) -> None:
+def _check_not_a_view(views: _Views, labels: object) -> None:
     """Refuse a second view in the place of label vectors: nothing but its shape tells where values are not read."""
-    if not isinstance(features, Tensor) or not isinstance(labels, Tensor) or not labels.is_floating_point():
+    if views.num_given > 1 or not isinstance(labels, Tensor) or labels.is_nested or not labels.is_floating_point():
         return
-    if labels.dim() == 2 and labels.shape == features.shape and labels.shape[1] > 1:
+    n, d = views.features[0].shape
+    if d > 1 and tuple(labels.shape) in ((n, d), (n, 1, d)):
         raise ValueError(
             "labels has the shape of features: two views go into one argument, features=[view0, view1]; label vectors "
             "of as many classes as there are features go in as a sequence of one, labels=[labels]"

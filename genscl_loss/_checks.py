@@ -78,8 +78,15 @@ def check_count(name: str, value: int) -> int:
 
 
 def may_look_at(values: Tensor) -> bool:
-    """Whether values may be read: for free on the CPU, elsewhere only if asked for, and never while tracing."""
-    return not torch.compiler.is_compiling() and (values.device.type == "cpu" or _validating.get())
+    """Whether values may be read: for free on the CPU, elsewhere only if asked for, never in a trace or transform."""
+    if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
+        return False  # the last: fake tensors, or a graph that is being recorded
+    return values.device.type == "cpu" or _validating.get()
+
+
+def is_transformed() -> bool:
+    """Whether this runs within `torch.func.grad`, `vmap` and the like, where tensors stand for others."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_values(

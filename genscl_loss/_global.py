@@ -2,7 +2,7 @@
 
 Rows of all processes are gathered, N_global D numbers, and each process looks at its own anchors only. What comes back:
 
-- In a self-contrast, where each contrast is an anchor of its owner, nothing but three numbers of each anchor:
+- In a self-contrast, where each contrast is an anchor of its owner, nothing but two or three numbers of each anchor:
   logits are symmetric, so the owner can work out for itself what its rows did as contrasts of others.
 - Otherwise the gradients of the contrasts, if they have any, summed over the processes.
 

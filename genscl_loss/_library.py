@@ -75,6 +75,8 @@ def define_operator(
             setup_context(ctx, inputs, output)
 
     def run_backward(ctx: Any, *grads: Any) -> Any:
+        if any(map(is_batched, grads)):
+            raise RuntimeError('several gradients at a time (is_grads_batched, vectorize) need backend="dense"')
         with without_autocast(ctx.device):
             return None if backward is None else backward(ctx, *grads)
 
@@ -124,6 +126,11 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(ctx.message)
+
+
+def is_batched(gradient: Tensor | None) -> bool:
+    """Whether it stands for several gradients, as `is_grads_batched` of `torch.autograd.grad` makes them."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def has_fast_float64(device: torch.device) -> bool:

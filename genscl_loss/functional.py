@@ -282,7 +282,7 @@ def _total(
 def collapsed_loss(
     num_contrasts: int, temperature: float | Tensor = 0.07, base_temperature: float | None = 0.07
 ) -> float:
-    r"""Loss of a collapsed model, one whose embeddings are all equal: :math:`\log(M) \, \tau / \tau_{\mathrm{base}}`.
+    """Loss of a collapsed model, one whose embeddings are all equal: `log(M) * tau / tau_base`.
 
     A loss that stays at this number ("stuck at 6.92") says that the model maps everything to one point, or that
     training has not moved it from there. It does not depend on the labels, provided that all anchors have positives.
@@ -333,16 +333,15 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     backend = choose(
         backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
     )
-    if backend == "dense" or batch.num_contrasts == 0:
-        if batch.num_contrasts > 0 and batch.partner is None:
+    if batch.num_contrasts == 0:
+        return no_log_likelihoods(*unit_pair(anchors, contrasts, batch.normalize), scale, len(batch.all_labels))
+    if backend == "dense":
+        weights = []
+        if batch.partner is None:
             weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]
-            return dense.log_likelihoods(
-                anchors, contrasts, scale, batch.contrast_weight, weights, self_offset, batch.normalize
-            )
-        z, others = unit_pair(anchors, contrasts, batch.normalize)
-        if batch.num_contrasts == 0:
-            return no_log_likelihoods(z, others, scale, len(batch.all_labels))
-        return [_log_likelihood_of_pairs(batch, scale, z, others, backend)]
+        return dense.log_likelihoods(
+            anchors, contrasts, scale, batch.contrast_weight, weights, self_offset, batch.normalize, batch.partner
+        )
     precision = _precision(batch)
     constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
     if len(constant) == len(batch.all_labels):
@@ -357,34 +356,6 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     found = [positives(z, others, labels, self_offset) for labels in batch.all_labels]
     return [(torch.addcmul(alignment * scale, mass, lse, value=-1), mass) for alignment, mass in found]
-
-
-def _log_likelihood_of_pairs(
-    batch: Batch, scale: Tensor, z: Tensor, others: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The logarithm of p_ij, where j is the only positive of anchor i, and a mass of one.
-
-    That is log(1 / (1 + exp(lse_i - s_ij))), with the log-sum-exp of the others. Of all losses this one goes to zero
-    when a model is trained; here neither it nor its gradient is a difference of large numbers.
-    """
-    lse = row_lse(
-        z, others, scale, batch.self_offset,
-        unit=batch.normalize, precision=_precision(batch), backend=backend, partner=batch.partner,
-    )  # fmt: skip
-    positives = _partners(z if others is None else others, batch.partner or 0, z.shape[0])
-    positive = (z * positives).sum(1) * scale
-    log_p = torch.nn.functional.logsigmoid(positive - lse)
-    if not batch.normalize:
-        log_p = log_p + positive.detach() * 0  # NaN if it is infinite: it would pass for one that is merely near
-    return log_p, torch.ones_like(log_p).detach()
-
-
-def _partners(contrasts: Tensor, first: int, count: int) -> Tensor:
-    """Rows (i + first) modulo M for i < count."""
-    rows = contrasts.shape[0]
-    if first + count <= rows:
-        return contrasts.narrow(0, first, count)
-    return contrasts.roll(-first, 0).expand(count // rows, -1, -1).reshape(count, -1)
 
 
 def _precision(batch: Batch) -> str:
@@ -404,7 +375,8 @@ def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, mem
     """Weigh the losses, reduce over those that count, and multiply what is then fewest by the factor."""
     factor, dtype, weight = problem.factor, loss.dtype, problem.batch.sample_weight
     if weight is not None:
-        weight = weight.to(torch.promote_types(weight.dtype, dtype))  # of float64, where 1e-50 is a weight
+        # In float64 1e-50 is a weight. Processes may have theirs in different dtypes, and add them up in this one.
+        weight = weight.to(torch.promote_types(weight.dtype, dtype) if members is None else torch.float64)
         loss = loss * weight
     if problem.reduction == "none":
         return (loss * factor).to(dtype)

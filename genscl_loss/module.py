@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from genscl_loss._checks import check_bool, check_index, check_number, unknown_arguments
+from genscl_loss._checks import check_bool, check_index, check_number, is_transformed, unknown_arguments
 from genscl_loss._choices import BACKENDS, Backend, ContrastMode, EmptyAnchors, Reduction, check_choice
 from genscl_loss._distributed import Members
 from genscl_loss.functional import gen_supcon_loss
@@ -102,6 +102,8 @@ class GenSupConLoss(nn.Module):
         check_choice("backend", backend, BACKENDS)  # whether it can be used is for the device of the features to say
         self.backend = backend
         self.group = group
+        if not isinstance(learnable_temperature, bool):
+            raise TypeError(f"learnable_temperature must be a bool; got {type(learnable_temperature).__name__}")
         if learnable_temperature:
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(
@@ -171,7 +173,7 @@ class GenSupConLoss(nn.Module):
         """
         if more or unknown:
             self._refuse(more, unknown)
-        if self.log_temperature is not None and self.training:
+        if self.log_temperature is not None and self.training and not is_transformed():
             # Through `data`: an earlier forward pass of the same step, which saw the same value, stays differentiable.
             self.log_temperature.data.clamp_(*_LOG_RANGE)
         return gen_supcon_loss(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Hashable
 
 import pytest
 import torch
+from grids import covering
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, also in what they start
@@ -19,31 +21,66 @@ if INTERPRETED:
 
 # Test bodies run once per backend through the `backend` fixture, which hypothesis would otherwise refuse.
 _SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors]
-settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=_SUPPRESSED)
-settings.register_profile(
-    "ci", deadline=None, max_examples=50, derandomize=True, print_blob=True, suppress_health_check=_SUPPRESSED
-)
+_settings = {"deadline": None, "suppress_health_check": _SUPPRESSED}
+settings.register_profile("dev", max_examples=20, **_settings)
+settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_settings)
+settings.register_profile("all", max_examples=100, derandomize=True, print_blob=True, **_settings)  # make test-all
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+collect_ignore = ["typed.py"]  # for type checkers only: half of its calls are wrong
+
 # Files that take longest, so that the last process to end has no long one left when the others are done.
 _LONG = ["kernels_aot", "triton", "properties", "distributed", "compile"]
-_LONG += ["train_cifar", "bench_train", "momentum_queue", "module"]
+_LONG += ["train_cifar", "compare_training", "bench_train", "momentum_queue", "module"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    never = [x for x in items if x.get_closest_marker("not_on_triton") and x.callspec.params["backend"] == "triton"]
+    config.hook.pytest_deselected(items=never)
+    items[:] = [item for item in items if item not in set(never)]
+    mark_what_is_exhaustive(items)
     rank = {f"test_{name}": i for i, name in enumerate(_LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-@pytest.fixture(params=["dense", "tiled", "auto", "triton"])
+def comparable(value: object) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def case(item: pytest.Item) -> dict[str, Hashable]:
+    """The parameters of a test by name; the columns of a table, whose rows belong together, are one."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    found = {name: comparable(value) for name, value in values.items()}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        if len(names) > 1:
+            found[", ".join(names)] = tuple(found.pop(name.strip()) for name in names)
+    return found
+
+
+def mark_what_is_exhaustive(items: list[pytest.Item]) -> None:
+    """Of each test the cases in which no two values meet that have not met (`grids.py`), beside what is marked so."""
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("exhaustive"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in grids.values():
+        mark = grid[0].get_closest_marker("strength")
+        quick = covering([case(item) for item in grid], *(mark.args if mark else ()))
+        for number, item in enumerate(grid):
+            if case(item) and number not in quick:
+                item.add_marker("exhaustive")
+
+
+@pytest.fixture(params=["dense", "tiled", "auto", *["triton"] * INTERPRETED])
 def backend(request) -> str:
     """Every backend name; "triton" in Triton's interpreter, and not for tests that are marked `not_on_triton`."""
-    if request.param == "triton":
-        if (mark := request.node.get_closest_marker("not_on_triton")) is not None:
-            pytest.skip(f"not on triton: {mark.args[0]}")
-        if not INTERPRETED:
-            pytest.skip("needs Triton's interpreter: a Triton that is installed, and no GPU")
     return request.param
 
 

@@ -28,8 +28,14 @@ CPU = torch.device("cpu")
 # From the bottom to the top: each file imports only from files before it.
 FILES = ["cases", "contenders", "reference", "meters", "measure", "ceilings"]
 FILES += ["roofline", "figures", "report", "plot", "bench_loss", "bench_distributed"]
-ALONE = {"kernel_report"}  # imports none of them
-LAST = {"bench_train", "accuracy"}  # imports the trainer too, or only `report`
+ALONE = {"fit_choice", "kernel_report", "report_training", "training_plan"}  # import none of them
+LAST = {
+    "accuracy",
+    "bench_cached",
+    "bench_grid",
+    "bench_train",
+    "compare_training",
+}  # imports the trainer too, or only `report`
 
 
 @pytest.fixture

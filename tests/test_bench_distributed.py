@@ -92,7 +92,7 @@ import os, sys
 import torch, torch.distributed as dist
 import bench_distributed as bench
 
-bench.METHODS["group"] = ("wrong", lambda x, y: 1.001 * bench.with_group(x, y))
+bench.METHODS["group"] = ("wrong", lambda x, y: 1.002 * bench.with_group(x, y))
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 for key in ("auto", "group"):
     try:
@@ -106,11 +106,11 @@ os._exit(0)
 
 
 def test_what_is_wrong_is_not_timed():
-    """A loss that is off by a thousandth, on one process."""
+    """A loss that is off by two thousandths, twice what gradients may be, on one process."""
     done = start("-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n{WRONG}")
     first, second = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # of torch 2.8
     assert first == "auto is timed"
-    assert re.match(r"wrong is wrong on N=40 .*: loss_error 1\.0e-03, gradient_error 1\.0e-03", second)
+    assert re.match(r"wrong is wrong on N=40 .*: loss_error 2\.0e-03, gradient_error 2\.0e-03", second)
 
 
 def test_without_torchrun_it_says_what_to_do():

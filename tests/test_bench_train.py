@@ -31,6 +31,7 @@ def run(data: Path, out: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.exhaustive
 def test_smoke(tmp_path):
     data = pack(write_images(tmp_path / "images", train=16), tmp_path / "images.tar.xz")
     printed = run(data, tmp_path / "out")

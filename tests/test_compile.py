@@ -22,6 +22,7 @@ def labels_of(kind: str, n: int):
     return {"none": None, "hard": torch.arange(n) % 3, "soft": soft, "per view": (soft, soft.flip(0))}[kind]
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("mode", ["all", "one", "first"])
 @pytest.mark.parametrize("kind", ["none", "hard", "soft", "per view"])
 @pytest.mark.parametrize("backend", ["dense", "tiled"])

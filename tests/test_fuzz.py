@@ -16,9 +16,13 @@ def test_the_corpus_ends_as_it_did(part):
         assert fuzz.outcome(*fuzz.make_call(int(seed))) == ending, f"python tests/fuzz.py --seed {seed}"
 
 
-@pytest.mark.parametrize("first", range(10_000_000, 10_000_400, 50))
-def test_other_calls_have_the_right_answer_or_a_clear_error(first):
-    for seed in range(first, first + 50):
+CALLS = [(first, 50) for first in range(10_000_000, 10_000_400, 50)]
+MORE = [pytest.param(first, 500, marks=pytest.mark.exhaustive) for first in range(10_000_400, 10_010_400, 500)]
+
+
+@pytest.mark.parametrize(("first", "count"), CALLS + MORE)
+def test_other_calls_have_the_right_answer_or_a_clear_error(first, count):
+    for seed in range(first, first + count):
         try:
             fuzz.outcome(*fuzz.make_call(seed))
         except Exception as error:

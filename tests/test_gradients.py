@@ -10,7 +10,7 @@ from oracle import oracle_loss
 from strategies import MODES, generator, near_disjoint_rows, random_features, rounding_of_half, soft_rows, to_numpy
 from torch_reference import reference_loss
 
-from genscl_loss import gen_supcon_loss
+from genscl_loss import GenSupConLoss, gen_supcon_loss
 
 N, V, D, C = 6, 2, 3, 3  # finite differences cost two calls per entry; N spans two of the patched tiles
 HARD = torch.tensor([0, 0, 1, 1, 1, 2])
@@ -550,7 +550,8 @@ def test_a_gradient_penalty_is_finite_for_a_label_row_of_zeros():
     leaves = [leaf(x), leaf(y)]
     others = torch.arange(N) != 2
     # the loss of the unlabelled row itself, 0 / 1e-8, has enormous derivatives of the labels: leave it out
-    losses = gen_supcon_loss(*leaves, temperature=0.3, base_temperature=None, reduction="none", backend="dense")
+    options = {"temperature": 0.3, "base_temperature": None, "reduction": "none", "backend": "dense"}
+    losses = gen_supcon_loss(leaves[0], [leaves[1]], **options)  # of as many classes as there are features
     found = penalised(losses[others].sum(), *leaves)
     copies = [leaf(x), leaf(y)]
     z, u = unit_or_zeros(copies[0]), unit_or_zeros(copies[1])
@@ -576,3 +577,38 @@ def test_a_short_row_counts_as_zeros_in_both_derivatives(length):
     torch.testing.assert_close(gradient, upstream, rtol=0, atol=1e-15)
     second = torch.autograd.grad(gradient.sum(), x, allow_unused=True)[0]
     assert second is None or second.abs().max() <= 1e-10
+
+
+# --- several at a time -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft", "none"])
+def test_a_jacobian_is_taken_at_once_or_row_by_row(labels):
+    x = leaf(random_features(6, 2, D, seed=40))
+    chosen = {"hard": torch.arange(6) % 3, "soft": soft_rows(6, C, seed=41), "none": None}[labels]
+
+    def losses(backend: str) -> torch.Tensor:
+        return gen_supcon_loss(x, chosen, reduction="none", backend=backend)
+
+    value = losses("dense")
+    directions = torch.eye(len(value), dtype=value.dtype)
+    (found,) = torch.autograd.grad(value, x, directions, is_grads_batched=True, retain_graph=True)
+    rows = [torch.autograd.grad(value, x, one, retain_graph=True)[0] for one in directions]
+    torch.testing.assert_close(found, torch.stack(rows), rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match='several gradients at a time .* need backend="dense"'):
+        torch.autograd.grad(losses("tiled"), x, directions, is_grads_batched=True)
+
+
+def test_every_argument_may_be_mapped_over():
+    x, soft = torch.randn(3, 12, 8), torch.rand(3, 12, 5).softmax(2)
+    found = torch.func.vmap(gen_supcon_loss)(x, soft)
+    torch.testing.assert_close(found, torch.stack([gen_supcon_loss(a, b) for a, b in zip(x, soft, strict=True)]))
+    classes, temperatures = torch.arange(12) % 4, torch.tensor([0.05, 0.1, 1.0])
+    found = torch.func.vmap(lambda t: gen_supcon_loss(x[0], classes, temperature=t))(temperatures)
+    wanted = [gen_supcon_loss(x[0], classes, temperature=float(t)) for t in temperatures]
+    torch.testing.assert_close(found, torch.stack(wanted))
+    criterion = GenSupConLoss(base_temperature=None, learnable_temperature=True)
+    logs = {"log_temperature": temperatures.log()}
+    found = torch.func.vmap(lambda p: torch.func.functional_call(criterion, p, (x[0], classes)))(logs)
+    wanted = [gen_supcon_loss(x[0], classes, temperature=float(t), base_temperature=None) for t in temperatures]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-6)

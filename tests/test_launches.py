@@ -130,9 +130,9 @@ def test_few_calls_into_torch(labels, backend):
 @pytest.mark.parametrize(
     ("labels", "backend", "forward", "backward"),
     [
-        ("none", "dense", 37, 33),
-        ("hard", "dense", 21, 19),
-        ("soft", "dense", 25, 19),
+        ("none", "dense", 27, 21),
+        ("hard", "dense", 21, 18),
+        ("soft", "dense", 25, 18),
         ("none", "tiled", 30, 36),
         ("hard", "tiled", 34, 40),
         ("soft", "tiled", 36, 42),

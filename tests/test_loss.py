@@ -8,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from grids import covering
 from hypothesis import given
 from oracle import oracle_loss
 from strategies import (
@@ -119,12 +120,8 @@ def label_forms(views: int) -> dict:
 
 
 FEW = pytest.mark.not_on_triton("about labels, which no kernel sees")  # but a few
-FORMS = [
-    pytest.param(
-        *(features, labels, mode),
-        id=f"features {name} - labels {label_name} - {mode}",
-        marks=() if label_name in ("int64", "N,V,C", "near-disjoint", "none") else FEW,
-    )
+FORMS = {
+    (name, label_name, mode): (features, labels, mode)
     for name, features in feature_forms().items()
     for views in [1 if "N,D" in name or "one" in name else 3 if "3,D" in name or "three" in name else 2]
     for label_name, labels in label_forms(views).items()
@@ -132,6 +129,18 @@ FORMS = [
     if not (mode == "one" and views == 1)
     # memory layouts say nothing about labels: a few label forms are enough for them
     and (name not in ("N,V,2,3", "non-contiguous", "expanded") or label_name in ("int64", "N,C", "N,V,C"))
+}
+QUICK = covering([dict(enumerate(names)) for names in FORMS])
+FORMS = [
+    pytest.param(
+        *arguments,
+        id=f"features {name} - labels {label_name} - {mode}",
+        marks=[
+            *([] if label_name in ("int64", "N,V,C", "near-disjoint", "none") else [FEW]),
+            *([] if number in QUICK else [pytest.mark.exhaustive]),
+        ],
+    )
+    for number, ((name, label_name, mode), arguments) in enumerate(FORMS.items())
 ]
 
 

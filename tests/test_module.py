@@ -153,6 +153,7 @@ def test_the_learnable_temperature_gets_the_gradient_of_the_function(backend, ba
     assert loss.log_temperature.grad.item() == pytest.approx(0.2 * tau.grad.item(), rel=1e-4)
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize(("perfect", "seed"), [(True, None), (False, 0), (False, 1)])
 def test_two_hundred_adam_steps_keep_the_temperature_in_range(backend, perfect, seed):
     # perfectly separated features pull tau down to its bound, random ones push it up

@@ -394,6 +394,7 @@ def test_an_average_of_states_that_mixes_integers_is_refused_by_key(kind):
         model.load_state_dict(state, strict=False)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 asks itself for one
 # ------------------------------------------------------------------ torch.distributed.checkpoint
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # which it is
 @pytest.mark.parametrize("kind", KINDS)

@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 @needs_sources
 def test_the_wheel_is_small(wheel):
     assert Path(wheel.filename).name == f"genscl_loss-{VERSION}-py3-none-any.whl"
-    assert Path(wheel.filename).stat().st_size < 100_000
+    assert Path(wheel.filename).stat().st_size < 150_000  # what belongs in it is listed above; it has no data
 
 
 @needs_sources
@@ -96,7 +96,7 @@ def test_metadata(metadata):
     assert metadata["Requires-Python"] == f">={PYTHONS[0]}"
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line)[0] for line in required] == ["torch"]
-    assert set(metadata.get_all("Provides-Extra")) == {"bench", "dev", "docs", "examples", "release", "triton"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "dev", "examples", "release", "triton"}
 
 
 @needs_sources
@@ -112,17 +112,19 @@ def test_the_description_has_the_readme_with_links_that_work(metadata):
     text = metadata.get_payload(decode=True).decode()
     assert "from genscl_loss import GenSupConLoss" in text
     assert not RELATIVE_LINK.search(text)
+    assert ("## Documentation" in text) == ("/docs/choosing.md" in text)  # no list of pages that cannot be opened
 
 
 def test_links_of_the_description():
     pytest.importorskip("hatchling")
     description = runpy.run_path(str(ROOT / "hatch_build.py"))["description"]
-    page = "[a\nb](docs/x.md#y) ![c](d.png) [e](https://f) [g](#h)\n```python\n[i](j)\n```\n"
     same = " [e](https://f) [g](#h)\n```python\n[i](j)\n```\n"
-    assert description(page, None, "1.2") == "a\nb " + same
+    pages = "## Documentation\n\n[k](docs/k.md)\n\n"
+    page = f"![c](d.png)<br>\n*said below*\n\n[a\nb](docs/x.md#y){same}{pages}## Next\n"
+    assert description(page, None, "1.2") == f"a\nb{same}## Next\n"
     there = "https://host/name"
-    expected = f"[a\nb]({there}/blob/v1.2/docs/x.md#y) ![c]({there}/raw/v1.2/d.png)"
-    assert description(page, there, "1.2") == expected + same
+    led = page.replace("(d.png)", f"({there}/raw/v1.2/d.png)").replace("(docs/", f"({there}/blob/v1.2/docs/")
+    assert description(page, there, "1.2") == led
 
 
 def test_the_version_is_written_once():

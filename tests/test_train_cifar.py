@@ -165,6 +165,84 @@ def test_two_views_of_mixed_images_have_labels_of_their_own(archive, tmp_path, m
     assert not torch.equal(*opinions)
 
 
+class Calls:
+    """The loss, which also notes what it is called with."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.made, self.seen = [], []
+        calls = self
+
+        class Spy(train_cifar.GenSupConLoss):
+            def __init__(self, *arguments, **options):
+                calls.made.append(options)
+                super().__init__(*arguments, **options)
+
+            def forward(self, features, labels, **others):
+                calls.seen.append((features, labels, others))
+                return super().forward(features, labels, **others)
+
+        monkeypatch.setattr(train_cifar, "GenSupConLoss", Spy)
+
+
+def test_hard_labels_are_those_of_the_larger_share(archive, tmp_path, monkeypatch):
+    calls = Calls(monkeypatch)
+    train(archive, tmp_path / "soft", "--mix", "mixup", "--empty-anchors", "ignore")
+    soft = calls.seen[0][1]
+    train(archive, tmp_path / "hard", "--mix", "mixup", "--hard-labels")
+    hard = calls.seen[5][1]
+    assert [label.dtype for label in hard] == [torch.int64] * 2
+    for rows, numbers in zip(soft, hard, strict=True):
+        assert torch.equal(rows.argmax(1), numbers)
+        assert not torch.equal(rows, nn.functional.one_hot(numbers, 4).float())
+    assert [options["empty_anchors"] for options in calls.made] == ["ignore", "zero"]
+
+
+@pytest.mark.parametrize(("mix", "floor"), [("none", 0.05), ("mixup", 0.05)])
+def test_smoothing_leaves_a_share_to_every_class(archive, tmp_path, monkeypatch, mix, floor):
+    calls = Calls(monkeypatch)
+    train(archive, tmp_path, "--mix", mix, "--smoothing", "0.2")
+    for rows in calls.seen[0][1]:
+        assert rows.shape == (16, 4)
+        torch.testing.assert_close(rows.sum(1), torch.ones(16))
+        assert rows.min().item() == pytest.approx(floor)
+
+
+def test_the_teacher_alone(archive, tmp_path, monkeypatch):
+    train(archive, tmp_path / "teacher", "--method", "ce")
+    options = ["--teacher", str(tmp_path / "teacher" / "last.pt"), "--mix", "mixup"]
+    calls = Calls(monkeypatch)
+    train(archive, tmp_path / "both", *options)
+    _, labels, others = calls.seen[0]
+    state = train(archive, tmp_path / "alone", *options, "--teacher-weight", "inf")
+    _, alone, nothing = calls.seen[5]
+    assert nothing["teacher_labels"] is None
+    for expected, found, given in zip(others["teacher_labels"], alone, labels, strict=True):
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, given)
+    assert state["history"][0]["collapsed_loss"] == pytest.approx(np.log(31) / 0.7, abs=1e-4)
+    one = train(archive, tmp_path / "ce", "--method", "ce", *options, "--teacher-weight", "inf")
+    assert 0 < one["history"][0]["loss"] < 3
+
+
+def test_a_queue_holds_the_embeddings_of_earlier_steps(archive, tmp_path, monkeypatch):
+    calls = Calls(monkeypatch)
+    state = train(archive, tmp_path, "--mix", "mixup", "--queue-size", "40")
+    rows = [len(others["contrast_features"]) for _, _, others in calls.seen[::2]]
+    assert rows == [16, 16 + 32, 56, 56, 56]
+    (first, labels, other), (second, other_labels, _) = calls.seen[:2]
+    assert torch.equal(other["contrast_features"], second)
+    assert torch.equal(other["contrast_labels"], other_labels)
+    later = calls.seen[2][2]
+    assert torch.equal(later["contrast_features"][16:], torch.cat([first, second]))
+    assert torch.equal(later["contrast_labels"][16:], torch.cat([labels, other_labels]))
+    assert state["history"][0]["collapsed_loss"] == pytest.approx(np.log(56) / 0.7, abs=1e-4)
+
+
+def test_the_width_of_the_projection(archive, tmp_path):
+    state = train(archive, tmp_path, "--method", "supcon", "--projection", "24")
+    assert state["model"]["head.2.weight"].shape == (24, 256)
+
+
 # ------------------------------------------------------------------ interruptions
 LONG = ["--method", "genscl", "--mix", "mixup_cutmix", "--epochs", "3", "--seed", "5"]
 
@@ -187,6 +265,7 @@ def assert_same_run(state: dict, expected: dict) -> None:
     assert all(torch.equal(state["model"][name], value) for name, value in expected["model"].items())
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_killed_within_an_epoch_goes_on_as_if_it_was_not(archive, tmp_path, uninterrupted):
     arguments = command(*LONG, "--data", str(archive), "--out", str(tmp_path / "run"))
     process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -213,6 +292,35 @@ def test_resume_starts_where_there_is_nothing_and_judges_what_is_finished(archiv
     (tmp_path / "results.json").unlink()
     assert_same_run(train(archive, tmp_path, "--method", "supcon", "--resume"), first)
     assert (tmp_path / "results.json").read_text() == results
+
+
+@pytest.mark.parametrize("options", [["--mix", "mixup"], ["--mix", "cutmix", "--hard-labels"], ["--method", "supcon"]])
+def test_a_queue_and_rarer_checkpoints_survive_an_interruption(archive, tmp_path, monkeypatch, options):
+    """Interrupted in epoch 3, of which nothing is kept, as there is a checkpoint after every second one."""
+    options = [*options, "--queue-size", "70", "--epochs", "5", "--save-every", "2"]
+    expected = train(archive, tmp_path / "whole", *options)
+    full = expected["queue"]["_extra_state"]
+    assert 70 in full[:8]  # rows that are filled
+    calls, augmentation = [], train_cifar.make_augmentation
+
+    def interrupted(name, size):
+        def augment(images):
+            calls.append(None)
+            if len(calls) == 2 * 5 * 2 + 3:
+                raise KeyboardInterrupt
+            return augmentation(name, size)(images)
+
+        return augment
+
+    monkeypatch.setattr(train_cifar, "make_augmentation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(archive, tmp_path / "run", *options)
+    monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"]) == 2
+    state = train(archive, tmp_path / "run", *options, "--resume")
+    assert_same_run(state, expected)
+    assert torch.equal(state["queue"]["_extra_state"], full)
 
 
 def test_another_seed_is_another_run(archive, tmp_path):
@@ -311,7 +419,7 @@ def test_it_warns_of_a_collapsed_model(archive, tmp_path, capsys):
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
-@pytest.mark.parametrize("method", ["ce", "genscl"])
+@pytest.mark.parametrize("method", [pytest.param("ce", marks=pytest.mark.exhaustive), "genscl"])
 def test_two_processes_have_the_losses_of_one(archive, tmp_path, method):
     # Without anything that depends on who has which images.
     options = ["--method", method, "--augment", "none", "--norm", "group", "--epochs", "2", "--data", str(archive)]
@@ -340,7 +448,8 @@ def test_folders_and_tars_are_the_same_images(folder, archive):
     assert y.bincount().tolist() == [20] * 4
     row = 20 * CLASSES.index("red") + 7
     assert torch.equal(x[row], torch.from_numpy(np.array(draw("red", 7))).permute(2, 0, 1))
-    limited = cifar_data.load(str(archive), Path(), per_class=3)
+    limited = cifar_data.load(str(archive), Path(), cifar_data.Subset(3))
+    assert limited.digest() != one.digest() == other.digest()
     assert torch.equal(limited.train[0], x.view(4, 20, 3, 32, 32)[:, :3].flatten(0, 1))
     assert len(limited.test[1]) == 24
     mean, std = one.statistics()
@@ -445,7 +554,7 @@ def test_official_archives_are_read(tmp_path, name):
     assert images.train[1].tolist() == labels[:15]
     assert torch.equal(images.test[0], torch.from_numpy(pixels[15:].reshape(-1, 3, 32, 32)))
     assert images.classes[3] == "class 3"
-    assert cifar_data.load(name, tmp_path, per_class=1).train[1].tolist() == list(range(10))
+    assert cifar_data.load(name, tmp_path, cifar_data.Subset(1)).train[1].tolist() == list(range(10))
 
 
 def test_an_archive_cannot_run_code(tmp_path, monkeypatch):
@@ -519,6 +628,37 @@ def test_without_a_network_it_says_where_the_archive_belongs(tmp_path, monkeypat
     monkeypatch.setattr(cifar_data, "SITE", "http://127.0.0.1:9")
     message = refusal("cifar100", tmp_path / "run", "--data-folder", str(tmp_path / "data"))
     assert f"put the file at {tmp_path / 'data' / 'cifar-100-python.tar.gz'}" in message
+
+
+def rows_of(images: tuple[torch.Tensor, torch.Tensor], among: tuple[torch.Tensor, torch.Tensor]) -> list[list[int]]:
+    """Of each class, which of its images these are."""
+    found: list[list[int]] = [[] for _ in range(int(among[1].max()) + 1)]
+    for image, label in zip(*images, strict=True):
+        of_class = among[0][among[1] == label]
+        found[label] += (of_class == image).flatten(1).all(1).nonzero().flatten().tolist()
+    return found
+
+
+def test_a_subset_is_drawn_by_its_seed_and_apart_from_validation(archive):
+    everything = cifar_data.load(str(archive), Path())
+    subsets = {}
+    for per_class, seed in ((5, None), (5, 1), (5, 2), (8, 1)):
+        images = cifar_data.load(str(archive), Path(), cifar_data.Subset(per_class, seed, 12))
+        train, validation = (rows_of(part, everything.train) for part in (images.train, images.test))
+        assert [len(rows) for rows in train] == [per_class] * 4
+        assert [len(set(rows)) for rows in validation] == [12] * 4
+        assert all(not set(a) & set(b) for a, b in zip(train, validation, strict=True))
+        subsets[per_class, seed] = train, validation
+    assert subsets[5, None] == ([list(range(5))] * 4, [list(range(8, 20))] * 4)
+    assert subsets[5, 1][0] != subsets[5, 2][0]
+    assert len({tuple(rows) for rows in subsets[5, 1][0]}) == 4  # each class has an order of its own
+    assert subsets[5, 1][1] == subsets[8, 1][1]
+    assert [rows[:5] for rows in subsets[8, 1][0]] == subsets[5, 1][0]
+    without = cifar_data.load(str(archive), Path(), cifar_data.Subset(5, 1))
+    assert rows_of(without.train, everything.train) == subsets[5, 1][0]
+    assert torch.equal(without.test[0], everything.test[0])
+    with pytest.raises(cifar_data.DataError, match="20 training images: too few to put 16 aside"):
+        cifar_data.load(str(archive), Path(), cifar_data.Subset(5, 1, 16))
 
 
 # ------------------------------------------------------------------ augmentation
@@ -703,6 +843,15 @@ def test_the_probe_agrees_with_scikit_learn():
         (["--lr", "nan"], "--lr must be positive"),
         (["--teacher-weight", "-1"], "--teacher-weight must not be negative"),
         (["--mix-alpha", "inf"], "--mix-alpha must not be negative"),
+        (["--method", "supcon", "--smoothing", "0.1"], "--mix and --teacher need genscl or ce, as does --smoothing"),
+        (["--smoothing", "1.5"], "--smoothing must be between 0 and 1"),
+        (["--hard-labels"], "--hard-labels needs a --mix"),
+        (["--teacher-weight", "inf"], "leaves nothing to learn without a --teacher"),
+        (["--teacher-weight", "nan"], "--teacher-weight must not be negative"),
+        (["--method", "ce", "--queue-size", "9"], "--queue-size needs genscl or supcon without --teacher"),
+        (["--teacher", "t.pt", "--queue-size", "9"], "--queue-size needs genscl or supcon without --teacher"),
+        (["--queue-size", "-1"], "--queue-size must be at least 0"),
+        (["--save-every", "0"], "--save-every must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(tmp_path, capsys, options, message):

@@ -199,6 +199,7 @@ def test_any_number_of_contrasts(number):
     check(rows(70, 16), rows(number, 16, seed=1), self_offset=None)
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("dim", DIMS)
 def test_any_number_of_features(dim, precision):
@@ -342,12 +343,14 @@ def test_the_temperatures_are_on_both_sides_of_the_switch():
     assert [fused._fits(1 / tau) for tau in TAUS] == [True] * 8 + [False] * 5
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("tau", TAUS)
 def test_any_temperature(tau, name):
     check(hard_rows(name), scale=1 / tau, **float32_bounds(tau))
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("tau", [0.05, SWITCH * 1.0001, SWITCH * 0.9999, 0.005])
 def test_any_temperature_in_a_rectangle(tau, name):
@@ -356,6 +359,7 @@ def test_any_temperature_in_a_rectangle(tau, name):
     check(z[:30], -z, 1 / tau, None, **float32_bounds(tau))
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("tau", [0.05, SWITCH * 1.0001, SWITCH * 0.9999, 0.005])
 def test_any_temperature_with_one_product(tau, name):
@@ -373,6 +377,7 @@ def test_a_single_row_far_from_all_others_is_found_by_the_running_maximum():
 # ---- Rows that are not normalised ----
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("norm", [1e-3, 0.1, 1.0, 4.0, 30.0, 1e6])
 @pytest.mark.parametrize("m", [None, 200])
 def test_rows_of_any_length(norm, m):
@@ -511,6 +516,7 @@ def upstreams(number: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("kind", upstreams(2))
 @pytest.mark.parametrize("tau", [0.07, 0.01])
 def test_any_upstream_gradient(kind, tau):
@@ -568,6 +574,7 @@ def test_no_weight_overflows(number, tau, precision):
 # ---- What is not finite ----
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("unit", [True, False], ids=["one shift", "running maximum"])
 @pytest.mark.parametrize("place", [0, 131, 149])
@@ -633,6 +640,7 @@ def many_multiprocessors(monkeypatch) -> list[int]:
     return chosen
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("number", [129, 256, 257, 385, 700])
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 def test_parts_of_the_columns_add_up(many_multiprocessors, number, tau):
@@ -642,6 +650,7 @@ def test_parts_of_the_columns_add_up(many_multiprocessors, number, tau):
     assert min(many_multiprocessors) > 1
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("a, m, self_offset", [(70, 700, 600), (3, 700, None), (700, 300, -500), (200, 700, 650)])
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 def test_parts_of_a_rectangle_add_up(many_multiprocessors, a, m, self_offset, tau):
@@ -650,9 +659,12 @@ def test_parts_of_a_rectangle_add_up(many_multiprocessors, a, m, self_offset, ta
     assert max(many_multiprocessors) > 1
 
 
-def test_parts_add_up_where_each_row_is_read_piece_by_piece(many_multiprocessors):
-    check(rows(300, 600))
-    check(rows(150, 600), rows(300, 600, seed=1), self_offset=40)
+@pytest.mark.parametrize("m", [None, pytest.param(300, marks=pytest.mark.exhaustive)])
+def test_parts_add_up_where_each_row_is_read_piece_by_piece(many_multiprocessors, m):
+    if m is None:
+        check(rows(300, 600))
+    else:
+        check(rows(150, 600), rows(m, 600, seed=1), self_offset=40)
     assert min(many_multiprocessors) > 1
 
 
@@ -687,6 +699,7 @@ def unread_scale(monkeypatch):
     monkeypatch.setattr(fused, "_is_known", lambda scale: False)
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("tau", [0.5, 0.05, SWITCH * 1.0001, SWITCH * 0.9999, 0.005])
 @pytest.mark.parametrize("name", ["random", "one against the rest"])
 def test_the_device_chooses_what_suits_the_temperature(unread_scale, tau, name):
@@ -834,6 +847,7 @@ def test_operators_take_any_strides():
     opcheck(torch.ops.genscl_loss.row_lse.default, (anchors.requires_grad_(), contrasts.requires_grad_(), *options))
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("learnable", [True, False])
 def test_one_graph_serves_all_batch_sizes(normalize, learnable):

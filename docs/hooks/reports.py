@@ -35,6 +35,7 @@ def tables(reports):
         parts.append(group_section(list(together)[::-1]))
     if kinds["training"]:
         parts += ["## Training\n", *(training_section(*entry) for entry in kinds["training"])]
+    parts += [registered_section(path) for path in sorted(RESULTS.glob("*/report.md"))]
     if kinds["other"]:
         names = [f"- [{path.parent.name}/{path.name}]({link(path)})" for path, _ in kinds["other"]]
         parts += ["## Other reports\n", *names]
@@ -75,9 +76,8 @@ def conditions(report):
 
 def loss_section(path, report):
     parts = [heading(report), conditions(report), f"- [The report]({link(path)})\n"]
-    picture = path.with_suffix(".png")
-    if picture.exists():
-        parts.append(f"\n![Time and memory against the batch size]({link(picture)})\n")
+    pictures = [f"![Time and memory against the batch size]({link(picture)})" for picture in drawn(path)]
+    parts.append("\n" + "\n".join(pictures) + "\n")
     parts.append("\nMedian milliseconds, forward and backward:\n\n" + by_size(report, total_ms))
     parts.append("\nHighest extra memory, MB:\n\n" + by_size(report, extra_mb))
     parts.append("\nLargest relative error against float64, of the loss and of the gradient:\n\n" + errors(report))
@@ -164,9 +164,7 @@ METHODS = {
 def training_section(path, report):
     parts = [heading(report), conditions(report), f"- Options of the trainer: `{' '.join(report['settings'])}`"]
     parts.append(f"- [The report]({link(path)})\n")
-    picture = path.with_suffix(".png")
-    if picture.exists():
-        parts.append(f"![Accuracy of each method and seed]({link(picture)})\n")
+    parts += [f"![Accuracy of each method and seed]({link(picture)})\n" for picture in drawn(path)]
     judges = list(dict.fromkeys(judge for runs in report["runs"].values() for run in runs for judge in run["results"]))
     judges = [judge for judge in judges if judge in ("linear", "knn", "classifier")]
     rows = []
@@ -177,6 +175,12 @@ def training_section(path, report):
     parts.append("Top-1 test accuracy in %, mean ± standard deviation over the seeds:\n")
     parts.append(markdown_table(["method", "seeds", *judges, "seconds a run"], rows, words=1))
     return "\n".join(parts)
+
+
+def registered_section(path):
+    """The report of `report_training.py`, its headings one level lower and its figures where they are from docs/."""
+    lines = [f"#{line}" if line.startswith("#") else line for line in path.read_text(encoding="utf-8").splitlines()]
+    return "\n".join(lines).replace("](", f"]({link(path.parent)}/") + "\n"
 
 
 def mean_and_spread(values):
@@ -194,6 +198,11 @@ def markdown_table(heads, rows, words):
     """The first columns, as many as `words`, hold words; numbers go to the right."""
     rule = ["---"] * words + ["---:"] * (len(heads) - words)
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows]) + "\n"
+
+
+def drawn(path):
+    """The pictures of a report: its own name, and further ones with a number."""
+    return sorted(path.parent.glob(f"{path.stem}*.png"), key=lambda picture: (len(picture.stem), picture.stem))
 
 
 def link(path):

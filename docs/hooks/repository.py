@@ -1,6 +1,7 @@
 """Links from the pages to files of the repository outside docs/ lead to copies of these files in the site.
 
-So a link works in the repository as it stands, and in the site wherever that is put.
+So a link works in the repository as it stands, and in the site wherever that is put. Where the repository itself is,
+for "edit this page", is said by `Repository` in pyproject.toml, once there is one.
 """
 
 import posixpath
@@ -12,8 +13,24 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHOWN = ("*.md", "LICENSE", "benchmarks/**/*", "examples/*", "genscl_loss/_backends/plans.py")
 SUFFIXES = {"", ".md", ".py", ".json", ".png"}
-REPLACED = {"README.md": "index.md", "benchmarks/results/README.md": "benchmarks.md"}  # by pages of the site
+REPLACED = {"benchmarks/results/README.md": "benchmarks.md"}  # by pages of the site
 LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
+REPOSITORY = re.compile(r'^Repository = "(.+)"$', re.MULTILINE)
+
+
+def on_config(config):
+    """Called by MkDocs first."""
+    config.repo_url = address((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return config
+
+
+def address(project):
+    found = REPOSITORY.search(project)
+    return found and found[1]
+
+
+def edit_address(repository, path):
+    return repository and f"{repository}/edit/main/{Path(path).relative_to(ROOT).as_posix()}"
 
 
 def on_files(files, config):
@@ -33,6 +50,9 @@ def on_page_markdown(markdown, page, config, files):
     # Where the page is in the repository, and in the site
     inside = Path(file.abs_src_path).is_relative_to(config["docs_dir"])
     source = posixpath.join("docs", file.src_uri) if inside else file.src_uri
+    page.edit_url = edit_address(config.repo_url, file.abs_src_path)
+    if not inside and source != "README.md":
+        page.meta.setdefault("search", {"boost": 0.3})  # found after the pages that are written for users
 
     def lead(found):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[2]))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from genscl_loss._backends import fused
 from genscl_loss._backends.plans import MAX_FEATURES
+from genscl_loss._checks import is_transformed
 from genscl_loss._choices import BACKENDS
 
 _MATRICES = 7  # halves of a matrix that the dense equation holds at its peak
@@ -178,7 +179,7 @@ def choose(
 ) -> str:
     """Resolve "auto" as `auto_backend` does; refuse another of `BACKENDS` if it cannot be used."""
     num_anchors, num_features = anchors.shape
-    if backend != "dense" and may_be_dense and _is_transformed():
+    if backend != "dense" and may_be_dense and is_transformed():
         if backend == "auto":
             return "dense"
         raise RuntimeError(
@@ -209,11 +210,6 @@ def _why_not_triton(dtype: torch.dtype, num_features: int, device: torch.device)
         return f"it takes up to {MAX_FEATURES} features in a row; got {num_features}"
     reason: str | None = _unavailable(device)
     return reason
-
-
-def _is_transformed() -> bool:
-    """Whether this runs within `torch.func.grad`, `vmap` and the like."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_symbolic(*sizes: int) -> bool:

@@ -28,31 +28,31 @@ def log_softmax(
         (A, M); meaningless, but finite, in the self terms and where the weight is zero.
     """
     left_out = [] if self_offset is None else [self_offset]
-    logits = _logits(anchors, contrasts, scale, left_out)
+    s = logits(anchors, contrasts, scale, left_out)
     if weight is None:
-        return logits.log_softmax(1)
-    lse = _row_lse(_weighted(logits, weight))
+        return s.log_softmax(1)
+    lse = _row_lse(_weighted(s, weight))
     # Zero if no contrast is there, so that all that is multiplied by a mass of zero is a number.
-    return logits - torch.where(lse > 0.5 * torch.finfo(lse.dtype).min, lse, lse.detach() * 0)[:, None]
+    return s - torch.where(lse > 0.5 * torch.finfo(lse.dtype).min, lse, lse.detach() * 0)[:, None]
 
 
 def row_lse(
     anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int], weight: Tensor | None = None
 ) -> Tensor:
     """Logarithm of sum_k c_k exp(s_ik), (A,), as in `log_softmax`, without k = i + d for each d of `left_out`."""
-    logits = _logits(anchors, contrasts, scale, left_out)
-    return _row_lse(logits if weight is None else _weighted(logits, weight))
+    s = logits(anchors, contrasts, scale, left_out)
+    return _row_lse(s if weight is None else _weighted(s, weight))
 
 
-def _weighted(logits: Tensor, weight: Tensor) -> Tensor:
-    """Logits plus log c; the lowest number, as in `_logits`, instead of -inf."""
-    return (logits + weight.log()).clamp(min=torch.finfo(logits.dtype).min)
+def _weighted(s: Tensor, weight: Tensor) -> Tensor:
+    """Logits plus log c; the lowest number, as in `logits`, instead of -inf."""
+    return (s + weight.log()).clamp(min=torch.finfo(s.dtype).min)
 
 
-def _row_lse(logits: Tensor) -> Tensor:
-    largest = logits.detach().amax(1, keepdim=True)
+def _row_lse(s: Tensor) -> Tensor:
+    largest = s.detach().amax(1, keepdim=True)
     # As `torch.logsumexp`, whose derivative takes the exponentials again.
-    return (logits - largest).exp().sum(1).log() + largest[:, 0]
+    return (s - largest).exp().sum(1).log() + largest[:, 0]
 
 
 def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,12 +60,13 @@ def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return (weights * log_p).sum(1), weights.sum(1)
 
 
-def _logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
-    logits = matmul(anchors * scale, contrasts.T)
+def logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
+    """The logits s_ij, (A, M); the lowest number where j = i + d for one d of `left_out`."""
+    s = matmul(anchors * scale, contrasts.T)
     for offset in left_out:
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
         # Behind autograd's back: probability and weight are zero there, and so is every derivative.
         # By slices: an offset in `diagonal` would be a constant of a compiled graph.
-        logits.detach()[max(0, -offset) :, max(0, offset) :].diagonal().fill_(torch.finfo(logits.dtype).min)
-    return logits
+        s.detach()[max(0, -offset) :, max(0, offset) :].diagonal().fill_(torch.finfo(s.dtype).min)
+    return s

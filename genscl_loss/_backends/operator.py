@@ -252,7 +252,7 @@ def mirrored_row_lse(
     """`row_lse` of some rows among all rows, others of which have owners that call this too.
 
     Logits are symmetric: the gradient of a row as a contrast of others needs only what is known of these others, their
-    rows and three numbers each. It is one pass over the same pairs, and no gradient travels.
+    rows and two or three numbers each. It is one pass over the same pairs, and no gradient travels.
 
     Args:
         rows: (A, D).
@@ -322,12 +322,14 @@ class _MirroredLse(torch.autograd.Function):
         """Of the rows and the scale."""
         self_offset, share, unit, backend, (num_rows, num_features) = ctx.options
         with without_autocast(grad.device):
-            grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
-            given = (grads.contiguous(), torch.stack(all_sums), left, right, inner_scale, self_offset)
+            given = (left, right, inner_scale, self_offset)
             if backend == "tiled":
-                d_rows = tiled.mirrored_grad(*given, weight)
+                factors, shifts = share(torch.stack([tiled.over_sums(grad, sums), sums[0]], 1)).unbind(1)
+                d_rows = tiled.mirrored_grad(factors, shifts, *given, weight)
             else:
-                d_rows = fused.mirrored_grad(*given, unit, num_rows, num_features, weight)
+                grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
+                all_sums = torch.stack(all_sums)
+                d_rows = fused.mirrored_grad(grads.contiguous(), all_sums, *given, unit, num_rows, num_features, weight)
         if ctx.factor is not None:
             d_rows = d_rows * ctx.factor
         # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.

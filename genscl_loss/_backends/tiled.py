@@ -83,7 +83,7 @@ def row_lse_grad(
     scaled = anchors * (scale * math.log2(math.e))
     others = anchors if contrasts is None else contrasts
     shift = _shift(scaled, others, weight)
-    factors = _factors(grad, sums)
+    factors = over_sums(grad, sums)
     if contrasts is None and shift is not None:
         return _symmetric_grad(factors, anchors, scaled, left_out, shift, weight).mul_(scale), None
     in_tiles, weight = (weight, None) if shift is None else (None, weight)
@@ -104,19 +104,21 @@ def row_lse_grad(
 
 
 def mirrored_grad(
-    grads: Tensor,
-    sums: Tensor,
+    factors: Tensor,
+    shifts: Tensor,
     anchors: Tensor,
     contrasts: Tensor,
     scale: Tensor,
     self_offset: int,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
+    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp.
+
+    Of each contrast its upstream gradient `over_sums` and its shift are known.
+    """
     scaled = anchors * (scale * math.log2(math.e))
     own = slice(self_offset, self_offset + anchors.shape[0])
-    shift = _shift(scaled, contrasts, weight)
-    shifts, factors, others = sums[0], _factors(grads, sums), contrasts
+    shift, others = _shift(scaled, contrasts, weight), contrasts
     log_weight = None if weight is None else weight.log2()
     if weight is not None and shift is not None:
         factors, others = _over(factors, weight), contrasts * weight[:, None]
@@ -140,7 +142,7 @@ def mirrored_grad(
     return dz.mul_(scale)
 
 
-def _factors(grad: Tensor, sums: Tensor) -> Tensor:
+def over_sums(grad: Tensor, sums: Tensor) -> Tensor:
     """Upstream gradient of each row over its sum; zero for a row that has no contrast."""
     return grad / sums[1].masked_fill(sums[1] == 0, torch.inf)
 

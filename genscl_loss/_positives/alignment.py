@@ -56,7 +56,8 @@ class Labelled:
 def align(given: Labelled) -> tuple[Tensor, Tensor]:
     """Alignment z_i . sum_j w_ij z_j and positive mass W_i = sum_j w_ij of each anchor, (A,) and (A,)."""
     z, others = given.rows
-    weights, dtype = _weights(given, z.shape[1] + 1)
+    # In float64 where there is a choice: equal labels round alike, and the loss is off by ten times its own rounding.
+    weights, dtype = _weights(given, z.shape[1] + 1, may_be_float32=False)
     total, mass = (z.new_empty(z.shape[0], dtype=dtype) for _ in range(2))
     for rows, cols, sums in weights.of(_with_one(matrix(others, dtype))):
         mass[rows] = sums[:, -1]
@@ -142,7 +143,7 @@ def _label_grads(
 # ---- The choice of a way to sum ----
 
 
-def _weights(given: Labelled, columns: int) -> tuple[Weights, torch.dtype]:
+def _weights(given: Labelled, columns: int, *, may_be_float32: bool = True) -> tuple[Weights, torch.dtype]:
     """The weights, with the way that sums so many columns in the least time, and the dtype that it needs."""
     (z, _), (a, b), offset = given.rows, given.labels, given.self_offset
     itself = given.contrast_labels is None
@@ -156,7 +157,13 @@ def _weights(given: Labelled, columns: int) -> tuple[Weights, torch.dtype]:
     a_factor = inverse_lengths(a.detach())
     b_factor = a_factor if itself else inverse_lengths(b.detach())
     way, dtype = _cheapest_way(
-        len(a), len(b), a.shape[1], columns, z, offset, lambda: _float32_suffices(a, b, a_factor, b_factor)
+        len(a),
+        len(b),
+        a.shape[1],
+        columns,
+        z,
+        offset,
+        lambda: may_be_float32 and _float32_suffices(a, b, a_factor, b_factor),
     )
     left_rows = matrix(a, dtype, a_factor)
     return Weights(left_rows, left_rows if itself else matrix(b, dtype, b_factor), offset, way), dtype

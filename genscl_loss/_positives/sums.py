@@ -7,8 +7,8 @@ large (up to 3e2 in the loss, for sharp labels of many classes in float32). Four
 
 - `by_class` subtracts one term of a sum that was taken in float64: W_i is a whole number, so that either nothing else
   is in the sum, and exactly nothing remains, or W_i >= w_ii, as below.
-- `by_total` subtracts too: in float64, or in float32 where nothing is lost. With W_i >= w_ii the rounding of a sum that
-  contains the self term, eps (W_i + w_ii), is at most twice that of one that does not, eps W_i.
+- `by_total` subtracts too: in float64, or, for gradients, in float32 where nothing is lost. With W_i >= w_ii the
+  rounding of a sum that contains the self term, eps (W_i + w_ii), is at most twice that of one that does not, eps W_i.
 - `by_sweep` subtracts nothing: each block of contrasts gives to those behind it on the way down, and to those before it
   on the way up, and its similarities with itself have a zero in the self place. Twice the work, in any dtype.
 - `by_pairs` takes the similarities of all pairs, a tile at a time, O(A M (C + k)): little where there are few anchors,

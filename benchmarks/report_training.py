@@ -1,0 +1,262 @@
+"""Tables and figures of a registered comparison of trainings, from whatever runs are there; what is missing is said.
+
+    python benchmarks/report_training.py    # benchmarks/results/NAME of the plan: report.md, curves.png, images.png
+
+Methods are compared seed by seed: the mean of the differences, and a 95 % interval from Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+from training_plan import PLAN, Plan
+
+JUDGES = {"linear": "linear probe", "knn": "kNN"}
+HYPOTHESES = (("mix", "supcon"), ("kd", "mix"))
+OTHERS = (("kd", "supcon"), ("supcon", "ce"), ("mix", "ce"), ("kd", "ce"))
+OTHERS += (("ce_mix", "ce"), ("mix", "ce_mix"), ("kd", "ce_mix"))
+COMPARISONS = ("few", "more")
+LONG_ENOUGH = 1.0  # points of kNN that a method may gain in the last fifth of its training
+
+Results = dict[int, dict[str, Any]]  # of the runs of a variant, by seed
+
+
+# ------------------------------------------------------------------ numbers
+def found(plan: Plan) -> dict[str, dict[str, Results]]:
+    """The results that are there, of each stage and variant."""
+    results: dict[str, dict[str, Results]] = {}
+    for run in plan.runs():
+        variants = results.setdefault(run.stage, {}).setdefault(run.variant, {})
+        if (result := plan.result(run)) is not None:
+            variants[run.seed] = result
+    return results
+
+
+def accuracy(result: dict[str, Any], judge: str) -> float:
+    return result["results"][judge][0]
+
+
+def differences(one: Results, other: Results, judge: str) -> list[float]:
+    """Within each seed that both have."""
+    return [accuracy(one[seed], judge) - accuracy(other[seed], judge) for seed in sorted(one.keys() & other.keys())]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % of Student's t around the mean; unbounded for fewer than two values."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def last_fifth(result: dict[str, Any]) -> float:
+    """What kNN gained from the last judgement before four fifths of the epochs to the end."""
+    epochs = result["config"]["epochs"]
+    before = [value for epoch, value in result["knn"] if epoch <= 0.8 * epochs]
+    return accuracy(result, "knn") - before[-1] if before else math.nan
+
+
+# ------------------------------------------------------------------ words
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def difference(one: Results, other: Results, judge: str) -> str:
+    """The mean with its interval, in bold if zero is outside."""
+    values = differences(one, other, judge)
+    if not values:
+        return "–"
+    low, high = interval(values)
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    text = f"{statistics.mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+class Report:
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.results = plan, found(plan)
+        self.titles = {name: method["title"] for name, method in plan.content["methods"].items()}
+
+    def of(self, stage: str, variant: str) -> Results:
+        return self.results.get(stage, {}).get(variant, {})
+
+    def is_complete(self, stage: str) -> bool:
+        return all(self.plan.is_done(run) for run in self.plan.stage(stage))
+
+    def text(self) -> str:
+        """The whole report in Markdown."""
+        stages = self.plan.content["stages"]
+        parts = ["# A registered comparison of trainings\n", self.conditions()]
+        if self.has_curves():
+            parts.append(
+                "![kNN against epochs](curves.png)\n\n![Linear probe against images of each class](images.png)\n"
+            )
+        for stage, variants in self.results.items():
+            if any(variants.values()):
+                parts.append(f"## {stages[stage]['title']}\n")
+                parts += [] if self.is_complete(stage) else ["**Preliminary: not all runs of this stage are done.**\n"]
+                parts.append(self.section(stage))
+        return "\n".join([*parts, "## Runs\n", f"```text\n{self.plan.missing()}\n```\n"])
+
+    def has_curves(self) -> bool:
+        return any(self.of(stage, method) for stage in COMPARISONS for method in self.titles)
+
+    def conditions(self) -> str:
+        stages = self.results.values()
+        runs = [run for variants in stages for results in variants.values() for run in results.values()]
+        machines = {f"{run['machine']['cpu']}, {run['machine']['cpu_capability']}" for run in runs}
+        versions = {f"torch {run['versions']['torch']}, Python {run['versions']['python']}" for run in runs}
+        where = f" Machines: {'; '.join(sorted(machines))}. Versions: {'; '.join(sorted(versions))}." if runs else ""
+        return (
+            "Written by `benchmarks/report_training.py` from the files beside it. Top-1 accuracies in %, ± standard "
+            "deviation over seeds. Differences within seeds: mean and 95 % interval, in bold if zero is outside."
+            f"{where}\n"
+        )
+
+    def section(self, stage: str) -> str:
+        if stage in COMPARISONS:
+            return self.comparison(stage)
+        return self.choice(stage) if stage == "choose" else self.changes(stage)
+
+    def comparison(self, stage: str) -> str:
+        results = {method: self.of(stage, method) for method in self.titles}
+        rows = []
+        for method, title in self.titles.items():
+            runs = results[method].values()
+            judged = [mean_and_spread([accuracy(run, judge) for run in runs]) for judge in JUDGES]
+            gained = [last_fifth(run) for run in runs]
+            rows.append([title, str(len(runs)), *judged, f"{statistics.mean(gained):+.2f}" if gained else "–"])
+        parts = [table(["", "seeds", *JUDGES.values(), "kNN gained in the last fifth"], rows)]
+        rows = []
+        for pairs, mark in ((HYPOTHESES, " (hypothesis)" if stage == COMPARISONS[0] else ""), (OTHERS, "")):
+            for one, other in pairs:
+                count = len(differences(results[one], results[other], "linear"))
+                cells = [difference(results[one], results[other], judge) for judge in JUDGES]
+                rows.append([f"{self.titles[one]} − {self.titles[other]}{mark}", str(count), *cells])
+        parts.append(table(["difference", "pairs", *JUDGES.values()], rows))
+        slow = [self.titles[m] for m in self.titles if self.gain(results[m]) >= LONG_ENOUGH]
+        if slow:
+            parts.append(f"Not at its end: {', '.join(slow)} gained a point of kNN or more in the last fifth.\n")
+        return "\n".join(parts)
+
+    def gain(self, results: Results) -> float:
+        return statistics.mean(last_fifth(run) for run in results.values()) if results else 0.0
+
+    def choice(self, stage: str) -> str:
+        rows = []
+        for variant, results in self.results[stage].items():
+            run = next(run for run in self.plan.stage(stage) if run.variant == variant)
+            mark = " (chosen)" if self.plan.chosen(run.method, stage) == run.options else ""
+            cells = [mean_and_spread([accuracy(result, judge) for result in results.values()]) for judge in JUDGES]
+            rows.append([f"{self.titles[run.method]}, {options_of(run)}{mark}", *cells])
+        return table(["", *JUDGES.values()], rows)
+
+    def changes(self, stage: str) -> str:
+        """What one changed option does."""
+        source, base = self.plan.content["stages"][stage]["compared_with"].split("/")
+        base_results, rows = self.of(source, base), []
+        for variant, results in self.results[stage].items():
+            run = next(run for run in self.plan.stage(stage) if run.variant == variant)
+            if not run.options and variant != base:
+                continue  # a teacher
+            title = f"{self.titles[run.method]}{', ' if run.options else ''}{options_of(run)}"
+            cells = [mean_and_spread([accuracy(result, judge) for result in results.values()]) for judge in JUDGES]
+            compared = [difference(results, base_results, judge) for judge in JUDGES]
+            shared = results.keys() & base_results.keys()
+            if shared and variant != base and all(results[s]["weights"] == base_results[s]["weights"] for s in shared):
+                compared = ["the same weights, bit for bit", ""]
+            rows.append([title, str(len(results)), *cells, *(compared if variant != base else ["", ""])])
+        heads = ["", "seeds", *JUDGES.values(), *(f"change, {judge}" for judge in JUDGES.values())]
+        parts = [table(heads, rows)]
+        long, one = (self.of(stage, f"mix,queue_size={size}") for size in (1024, 1))
+        if long and one:
+            cells = ", ".join(f"{difference(long, one, judge)} ({title})" for judge, title in JUDGES.items())
+            parts.append(f"The queue of 1,024 beside that of one: {cells}.\n")
+        return "\n".join(parts)
+
+
+def options_of(run: Any) -> str:
+    words = [(name.replace("_", " "), "" if value is True else f" {value}") for name, value in run.options]
+    return ", ".join(name + value for name, value in words)
+
+
+# ------------------------------------------------------------------ figures
+def draw_curves(report: Report, path: Path) -> None:
+    """kNN against epochs: mean over seeds, and a band of one standard deviation."""
+    stages = [stage for stage in COMPARISONS if any(report.of(stage, method) for method in report.titles)]
+    figure = Figure(figsize=(6.5 * len(stages), 4), layout="constrained")
+    for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        for method, title in report.titles.items():
+            if not (runs := report.of(stage, method).values()):
+                continue
+            epochs = [epoch for epoch, _ in next(iter(runs))["knn"]]
+            values = list(zip(*([value for _, value in run["knn"]] for run in runs), strict=True))
+            means = [statistics.mean(column) for column in values]
+            spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
+            (line,) = axis.plot(epochs, means, label=f"{title} ({len(runs)} seeds)")
+            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+            axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        title = report.plan.content["stages"][stage]["title"] + ("" if report.is_complete(stage) else " (preliminary)")
+        axis.set(title=title, xlabel="epoch", ylabel="kNN, test accuracy in %"), axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def draw_images(report: Report, path: Path) -> None:
+    """The linear probe against the number of images of each class."""
+    axis = (figure := Figure(figsize=(5.5, 4), layout="constrained")).subplots()
+    for method, title in report.titles.items():
+        points = []
+        for stage in COMPARISONS:
+            values = [accuracy(run, "linear") for run in report.of(stage, method).values()]
+            if values:
+                images = report.plan.content["stages"][stage]["options"]["per_class"]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                points.append((images, statistics.mean(values), spread))
+        if points:
+            x, y, spread = zip(*points, strict=True)
+            axis.errorbar(x, y, spread, marker="o", capsize=3, label=title)
+    axis.set(xlabel="training images of each class", ylabel="linear probe, test accuracy in %"), axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+# ------------------------------------------------------------------ the command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", type=Path, default=PLAN, help="(default: benchmarks/training/plan.json)")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the runs (default: benchmarks/results/NAME of the plan)"
+    )
+    options = parser.parse_args(argv)
+    plan = Plan(options.plan, options.results)
+    report = Report(plan)
+    text = report.text()
+    print(text)
+    if not any(result for variants in report.results.values() for result in variants.values()):
+        print(f"{plan.results} holds no finished run yet: nothing is written")
+        return 0
+    (plan.results / "report.md").write_text(text, encoding="utf-8")
+    if report.has_curves():
+        draw_curves(report, plan.results / "curves.png")
+        draw_images(report, plan.results / "images.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The report of a registered comparison: intervals that are right, nothing claimed that is not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pytest.importorskip("matplotlib")
+stats = pytest.importorskip("scipy.stats")
+import report_training  # noqa: E402
+from training_plan import Plan, Run  # noqa: E402
+
+HEAD = ["cpu", "cpu_capability"], ["torch", "python"]
+
+
+def write(plan: Plan, run: Run, linear: float, knn: float, curve: list[float], weights: str = "") -> None:
+    """A run as `compare_training.py` leaves it, with these accuracies."""
+    epochs = plan.settings(run)["epochs"] if not run.options else 450
+    every = epochs / len(curve)
+    record = {
+        "run": run.name,
+        "machine": dict.fromkeys(HEAD[0], "a machine"),
+        "versions": dict.fromkeys(HEAD[1], "1.2"),
+        "config": {"epochs": epochs},
+        "results": {"linear": [linear, 100.0], "knn": [knn, 100.0]},
+        "knn": [[every * (number + 1), value] for number, value in enumerate(curve)],
+        "weights": weights or run.name,
+    }
+    file = plan.file(run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def plan(tmp_path) -> Plan:
+    return Plan(results=tmp_path)
+
+
+def row(text: str, start: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_intervals_are_those_of_the_paired_t_test():
+    random = np.random.default_rng(0)
+    one, other = random.normal(60, 1, 6), random.normal(59, 1, 6)
+    runs = [{s: {"results": {"linear": [v, 100.0]}} for s, v in enumerate(values)} for values in (one, other)]
+    values = report_training.differences(*runs, "linear")
+    expected = stats.ttest_rel(one, other).confidence_interval(0.95)
+    assert report_training.interval(values) == pytest.approx((expected.low, expected.high))
+
+
+def test_only_seeds_that_both_have_are_compared():
+    one, other = (
+        {s: {"results": {"knn": [v, 100.0]}} for s, v in runs} for runs in ([(0, 5), (2, 9)], [(1, 1), (2, 2)])
+    )
+    assert report_training.differences(one, other, "knn") == [7]
+    assert report_training.interval([7]) == (-math.inf, math.inf)
+
+
+def test_without_runs_nothing_is_written(plan, tmp_path, capsys):
+    assert report_training.main(["--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "no finished run yet" in printed
+    assert "missing: few/supcon/3" in printed
+    assert "Preliminary" not in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_compared_and_what_is_missing_said(plan, tmp_path, capsys):
+    for run in plan.stage("few"):
+        number = list(report_training.Report(plan).titles).index(run.method)
+        if run.seed < 3 and (run.method, run.seed) != ("kd", 2):
+            write(plan, run, 60 + number + 0.1 * run.seed * (run.method == "mix"), 50, [30, 40, 45, 47, 49.5])
+    assert report_training.main(["--results", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "**Preliminary: not all runs of this stage are done.**" in text
+    assert row(text, "SupCon") == ["3", "62.00 ± 0.00", "50.00 ± 0.00", "+3.00"]
+    assert "Not at its end: cross-entropy, cross-entropy, mixup-cutmix, SupCon" in text
+    half = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    expected = f"**+1.10 [{1.1 - half:+.2f}, {1.1 + half:+.2f}]**"
+    assert row(text, "GenSCL, mixup-cutmix − SupCon (hypothesis)") == ["3", expected, "+0.00 [+0.00, +0.00]"]
+    count, cell, _ = row(text, "GenSCL, mixup-cutmix + KD − GenSCL, mixup-cutmix (hypothesis)")
+    assert (count, cell) == ("2", "+0.95 [+0.31, +1.59]".join(["**", "**"]))
+    assert "few: 14 of 30 runs" in text
+    assert "missing: few/kd/2" in text
+    assert "(curves.png)" in text
+    assert "250 images per class" not in text
+    for name in ("curves.png", "images.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_complete_stage_is_not_preliminary(plan, tmp_path):
+    for run in plan.stage("more"):
+        write(plan, run, 60, 50, [49.5] * 5)
+    text = report_training.Report(plan).text()
+    assert "Preliminary" not in text
+    assert "Not at its end" not in text
+    assert "(hypothesis)" not in text
+
+
+def test_the_ablation_is_compared_with_the_same_seeds_of_the_whole(plan):
+    for run in [*plan.stage("few"), *plan.stage("ablation")]:
+        if run.method == "mix":
+            changed = {"hard_labels": -2.0 - 0.1 * run.seed, "queue_size": 0.5}
+            gain = sum(changed.get(name, 0.0) for name, _ in run.options)
+            weights = "equal" if run.seed == 0 and run.options in ((), (("empty_anchors", "ignore"),)) else ""
+            write(plan, run, 60 + run.seed + gain, 50, [1.0], weights)
+    text = report_training.Report(plan).text()
+    (half,) = [stats.t.ppf(0.975, 4) * np.std([0, 0.1, 0.2, 0.3, 0.4], ddof=1) / math.sqrt(5)]
+    cells = row(text, "GenSCL, mixup-cutmix, hard labels")
+    assert (cells[0], cells[3]) == ("5", f"**-2.20 [{-2.2 - half:+.2f}, {-2.2 + half:+.2f}]**")
+    assert row(text, "GenSCL, mixup-cutmix, empty anchors ignore")[3] == "the same weights, bit for bit"
+    assert row(text, "GenSCL, mixup-cutmix, smoothing 0.1")[3] == "+0.00 [+0.00, +0.00]"
+    assert "The queue of 1,024 beside that of one: +0.00 [+0.00, +0.00] (linear probe)" in text
+
+
+def test_the_choice_names_what_was_chosen(plan):
+    for run in plan.stage("choose"):
+        write(plan, run, {0.002: 50, 0.001: 52, 0.004: 51}[dict(run.options)["lr"]], 50, [1.0])
+    text = report_training.Report(plan).text()
+    assert row(text, "SupCon, lr 0.001 (chosen)")[0] == "52.00"
+    assert text.count("(chosen)") == 5
+    assert plan.settings(plan.stage("few")[0])["lr"] == 0.001
+
+
+def test_the_committed_report_is_that_of_the_committed_runs():
+    plan = Plan()
+    report = plan.results / "report.md"
+    if not plan.results.exists():
+        pytest.skip("no runs are committed yet")
+    assert report.read_text(encoding="utf-8") == report_training.Report(plan).text()
+    for run in plan.runs():
+        if (result := plan.result(run)) is not None:
+            assert result["run"] == run.name
+            settings = {name: value for name, value in plan.settings(run).items() if name != "device"}
+            assert {name: result["config"][name] for name in settings} == settings
