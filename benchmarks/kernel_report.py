@@ -52,7 +52,7 @@ from genscl_loss._backends import fused, kernels, plans
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 768, 1024)
 KERNELS = ("row_lse", "row_lse_grad", "split_rows", "gradient_weights", "merge_lse")
-RANGES = ("fixed", "online", "check")  # of exponents: see `fused._variants`
+RANGES = ("fixed", "online", "check", "weighted")  # of exponents: see `fused._variants`
 PROBLEMS = ("self", "ragged", "rectangular", "first")
 
 
@@ -133,7 +133,8 @@ def record(
         terms: fp16 terms of a number.
         problem: "self", a self-contrast; "ragged", one with few rows, of numbers that are no multiples of anything;
             "rectangular", other rows as contrasts; "first", that with self terms.
-        range: "fixed", one shift for all exponents; "online", a running maximum; "check", the device chooses.
+        range: "fixed", one shift for all exponents; "online", a running maximum; "check", the device chooses;
+            "weighted", a running maximum, and weights of the contrasts.
         plan: In place of the table's line.
     """
     rows, features = (1001, width - 1) if problem == "ragged" else (1 << 16, width)
@@ -142,6 +143,7 @@ def record(
     self_offset = None if problem == "rectangular" else 0
     scale = torch.tensor(10.0, device="meta" if range == "check" else "cpu")
     unit = range != "online"
+    weight = torch.empty(rows if contrasts is None else len(contrasts), device="meta") if range == "weighted" else None
     recorder = _Recorder(arch)
     replaced: dict[str, Any] = {
         "_kernels": lambda: recorder,
@@ -154,10 +156,10 @@ def record(
         replaced["backward_plan"] = lambda *line: (plan, block_out)
     with mock.patch.multiple(fused, **replaced):
         lse, sums, split, other = fused.row_lse(
-            anchors, contrasts, scale, self_offset, unit, "highest" if terms == 2 else "high"
+            anchors, contrasts, scale, self_offset, unit, "highest" if terms == 2 else "high", weight
         )
-        num_contrasts = rows if contrasts is None else len(contrasts)
-        fused.row_lse_grad(lse, sums, split, other, scale, self_offset, unit, num_contrasts, features, True)
+        m = rows if contrasts is None else len(contrasts)
+        fused.row_lse_grad(lse, sums, split, other, scale, self_offset, unit, m, features, m, weight)
     forward = plan or plans.forward_plan(arch, width, terms)
     backward = plan or plans.backward_plan(arch, width, terms)[0]
     programs = {"row_lse": forward.programs, "row_lse_grad": backward.programs}

@@ -5,7 +5,8 @@ Rows are view-major throughout: row v * N + n is view v of sample n.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class Batch:
     num_views: int
     # Without labels, where each anchor has but one positive: anchor i has contrast (i + partner) modulo M.
     partner: int | None = None
+    num_live: int | None = None  # contrasts that can have a gradient, the first ones; None: all
+    # What multiplies exponentials, (M,); None: nothing. Rows and label vectors without weight are zero, and anchors
+    # that are such rows have a sample weight of zero.
+    contrast_weight: Tensor | None = None
 
     @property
     def half(self) -> bool:
@@ -54,6 +59,18 @@ class Batch:
             return 0
         return self.num_contrast_rows - (0 if self.self_offset is None else 1)
 
+    def without_empty_set(self) -> "Batch":
+        """The same, as a self-contrast if it is one: a contrast set beside the batch may have no rows."""
+        rows = self.anchors.shape[0]
+        if self.self_offset is None or not self.num_live == rows == self.num_contrast_rows:
+            return self
+        teacher = None if self.teacher_labels is None else _of_anchors(self.teacher_labels)
+        return replace(self, contrasts=None, labels=_of_anchors(self.labels), teacher_labels=teacher, num_live=None)
+
+
+def _of_anchors(labels: Labels) -> Labels:
+    return labels if isinstance(labels, Similarity) else labels._replace(contrasts=labels.anchors)
+
 
 def make_batch(
     features: Tensor | Sequence[Tensor],
@@ -63,9 +80,12 @@ def make_batch(
     contrast_mode: str,
     contrast_features: Tensor | None,
     contrast_labels: Tensor | None,
+    include_batch: bool = False,
     teacher_labels: Tensor | Sequence[Tensor] | None,
     contrast_teacher_labels: Tensor | None,
     sample_weight: Tensor | None,
+    contrast_weight: Tensor | None = None,
+    ignore_index: int | None = None,
     normalize: bool,
 ) -> Batch:
     """Check the arguments of `gen_supcon_loss` and bring them into canonical form."""
@@ -74,7 +94,7 @@ def make_batch(
             f'contrast_mode must be "all", "one" (view 0 against view 1) or "first" (view 0 against all views, '
             f'which SupContrast calls "one"); got {contrast_mode!r}'
         )
-    views = _Views.of(features, contrast_mode, contrast_features)
+    views = _Views.of(features, contrast_mode, contrast_features, include_batch)
     if normalize:
         _check_not_signs(features)
     if contrast_labels is None:  # whose presence says that labels are labels
@@ -95,9 +115,26 @@ def make_batch(
         raise ValueError("teacher_labels is missing: contrast_teacher_labels came without it")
     anchors, contrasts = views.rows()
     weight = _sample_weight(sample_weight, views)
-    partner = views.partner if labels is None and label_similarity is None and teacher is None else None
+    there = _There.of(contrast_weight, ignore_index, own, views)
+    if there is not None:
+        anchors, contrasts = _without(anchors, there.anchors), _without(contrasts, there.contrasts)
+        own, teacher = there.labels(own), None if teacher is None else there.labels(teacher)
+        weight = _without(anchors.new_ones(len(anchors)) if weight is None else weight, there.anchors)
+    views.check_values(anchors, contrasts)
+    is_paired = labels is None and label_similarity is None and teacher is None and there is None
     return Batch(
-        anchors, contrasts, views.self_offset, own, teacher, weight, normalize, views.given, views.num_given, partner
+        anchors,
+        contrasts,
+        views.self_offset,
+        own,
+        teacher,
+        weight,
+        normalize,
+        views.given,
+        views.num_given,
+        views.partner if is_paired else None,
+        views.num_live,
+        None if there is None else there.weight,
     )
 
 
@@ -108,23 +145,31 @@ class _Views:
     features: tuple[Tensor, ...]  # (N, D) each; those that the mode uses
     num_given: int  # views that the caller gave, for labels and weights that cover them all
     num_anchor_views: int
-    contrast_views: slice  # of `features`
+    contrast_views: slice  # of `features`; what is behind them among the contrasts is `contrast_features`
     contrast_features: Tensor | None
     self_offset: int | None
 
     @staticmethod
-    def of(features: Tensor | Sequence[Tensor], mode: str, contrast_features: Tensor | None) -> "_Views":
+    def of(
+        features: Tensor | Sequence[Tensor], mode: str, contrast_features: Tensor | None, include_batch: bool
+    ) -> "_Views":
         views = _split_views(features)
         count = len(views)
+        if contrast_features is None and include_batch:
+            raise ValueError(
+                "include_batch adds the batch to contrast_features, which is missing: without them the batch is all "
+                "there is"
+            )
         if contrast_features is not None:
             _check_contrast_features(contrast_features, views[0])
-            kept = views if mode == "all" else views[:1]
-            return _Views(kept, count, len(kept), slice(0, 0), contrast_features, None)
+            if not include_batch:
+                kept = views if mode == "all" else views[:1]
+                return _Views(kept, count, len(kept), slice(0, 0), contrast_features, None)
         if mode == "one":
             if count < 2:
                 raise ValueError('contrast_mode "one" contrasts view 0 with view 1; features has one view only')
-            return _Views(views[:2], count, 1, slice(1, 2), None, None)
-        return _Views(views, count, count if mode == "all" else 1, slice(0, count), None, 0)
+            return _Views(views[:2], count, 1, slice(1, 2), contrast_features, None)
+        return _Views(views, count, count if mode == "all" else 1, slice(0, count), contrast_features, 0)
 
     @property
     def num_samples(self) -> int:
@@ -136,26 +181,49 @@ class _Views:
 
     @property
     def num_contrast_views(self) -> int:
-        """Views among the contrasts; a contrast set of its own counts as one."""
-        return 1 if self.contrast_features is not None else len(self.features[self.contrast_views])
+        return len(self.features[self.contrast_views])
 
     @property
-    def num_contrast_rows(self) -> int:
-        if self.contrast_features is not None:
-            return self.contrast_features.shape[0]
+    def num_batch_rows(self) -> int:
+        """Contrasts that are rows of the batch, an anchor itself included."""
         return self.num_contrast_views * self.num_samples
 
     @property
+    def num_set_rows(self) -> int:
+        return 0 if self.contrast_features is None else self.contrast_features.shape[0]
+
+    @property
+    def num_contrast_rows(self) -> int:
+        return self.num_batch_rows + self.num_set_rows
+
+    @property
+    def num_live(self) -> int | None:
+        """Contrasts, the first ones, that can have a gradient, if a memory beside the batch has none."""
+        fixed = self.contrast_features is not None and not self.contrast_features.requires_grad
+        return self.num_batch_rows if fixed and self.num_contrast_views else None
+
+    @property
+    def have_other_views(self) -> bool:
+        """Whether the batch has another view of an anchor's sample among the contrasts."""
+        return self.num_contrast_views > (0 if self.self_offset is None else 1)
+
+    @property
     def partner(self) -> int | None:
-        """How far behind its anchor, modulo M, the other view of a sample is; None if there are more than one."""
-        if self.self_offset is None:  # a row for each sample
-            return 0 if self.num_contrast_rows == self.num_samples else None
-        return self.num_samples if len(self.features) == 2 else None
+        """Where, behind an anchor and modulo M, the only other view of its sample is; None if nowhere in all cases."""
+        n = self.num_samples
+        if not self.have_other_views:  # the rows of the set are views, too
+            is_in_step = self.num_anchor_views == 1 or self.num_contrast_rows == n
+            return self.num_batch_rows if is_in_step else None
+        if self.self_offset is None:
+            return 0
+        is_in_step = self.num_anchor_views == 1 or self.num_set_rows == 0
+        return n if len(self.features) == 2 and is_in_step else None
 
     @property
     def are_self_contrast(self) -> bool:
         """Whether anchors and contrasts are the same rows."""
-        return self.self_offset is not None and self.num_anchor_views == self.num_contrast_views
+        is_whole = self.self_offset is not None and self.num_anchor_views == self.num_contrast_views
+        return is_whole and self.contrast_features is None
 
     @property
     def device(self) -> torch.device:
@@ -181,22 +249,69 @@ class _Views:
     def anchor_rows(self, per_view: Sequence[Tensor]) -> Tensor:
         return _stack(per_view[: self.num_anchor_views])
 
-    def contrast_rows(self, per_view: Sequence[Tensor]) -> Tensor:
-        return _stack(per_view[self.contrast_views])
+    def contrast_rows(self, per_view: Sequence[Tensor], of_set: Tensor | None) -> Tensor:
+        """What goes with each contrast: with the views, and then with the rows of the set."""
+        return _stack([*per_view[self.contrast_views], *([] if of_set is None else [of_set])])
 
     def rows(self) -> tuple[Tensor, Tensor | None]:
         """Anchors and contrasts (None for a self-contrast) in the dtype of the computation."""
-        rows = self._finish("features", _stack(self.features))
-        if self.contrast_features is not None:
-            return rows, self._finish("contrast_features", self.contrast_features)
+        rows = _stack(self.features).to(self.dtype)
         if self.are_self_contrast:
             return rows, None
         first = self.contrast_views.start * self.num_samples
-        return rows[: self.num_anchors], rows[first:]
+        parts = [rows[first : first + self.num_batch_rows]] if self.num_contrast_views else []
+        parts += [] if self.contrast_features is None else [self.contrast_features.to(self.dtype)]
+        return rows[: self.num_anchors], _stack(parts)
 
-    def _finish(self, name: str, rows: Tensor) -> Tensor:
-        check_values(name, rows, signed=True, only_if_asked=True)  # NaN in the loss is what gradient scalers look for
-        return rows.to(self.dtype)
+    def check_values(self, anchors: Tensor, contrasts: Tensor | None) -> None:
+        """If asked: NaN in the loss is what gradient scalers look for."""
+        of_batch = [anchors] if contrasts is None else [anchors, contrasts[: self.num_batch_rows]]
+        for rows in of_batch:
+            check_values("features", rows, signed=True, only_if_asked=True)
+        if contrasts is not None:
+            of_set = contrasts[self.num_batch_rows :]
+            check_values("contrast_features", of_set, signed=True, only_if_asked=True)
+
+
+class _There(NamedTuple):
+    """Which rows are there at all, and what they weigh as contrasts."""
+
+    anchors: Tensor  # (A,), bool
+    contrasts: Tensor  # (M,), bool
+    weight: Tensor  # (M,), zero for those that are not there
+
+    @staticmethod
+    def of(
+        contrast_weight: Tensor | None, ignore_index: int | None, labels: Labels, views: "_Views"
+    ) -> "_There | None":
+        """None: all of them, and they weigh the same."""
+        if contrast_weight is None and ignore_index is None:
+            return None
+        counts = views.num_anchors, views.num_contrast_rows
+        anchors, weight = (torch.ones(count, dtype=views.dtype, device=views.device) for count in counts)
+        if contrast_weight is not None:
+            anchors, weight = _check_contrast_weight(contrast_weight, anchors, views)
+        if ignore_index is not None:
+            numbers = _check_ignore_index(ignore_index, labels)
+            anchors, weight = (_without(x, y != ignore_index) for x, y in ((anchors, numbers[0]), (weight, numbers[1])))
+        return _There(anchors > 0, weight > 0, weight)
+
+    def labels(self, labels: Labels) -> Labels:
+        """The same, but rows that are not there are nobody's positives."""
+        if isinstance(labels, ClassLabels):
+            return labels._replace(there=self.contrasts)
+        if isinstance(labels, Similarity):
+            return Similarity(torch.where(self.contrasts, labels.weights, 0))
+        left = _without(labels.anchors, self.anchors)
+        is_self = labels.contrasts is labels.anchors
+        return VectorLabels(left, left if is_self else _without(labels.contrasts, self.contrasts))
+
+
+def _without(rows: Any, there: Tensor) -> Any:
+    """Rows, with zeros where they are not there. A choice, not a product: NaN must not spread."""
+    if rows is None:
+        return None
+    return torch.where(there if rows.dim() == 1 else there[:, None], rows, 0)
 
 
 def _stack(views: Sequence[Tensor]) -> Tensor:
@@ -275,21 +390,22 @@ def _labels(
         raise ValueError(f"{missing} is missing: with contrast_features, {name} and {contrast_name} come together")
     if labels is None:
         return _paired_views(views)
-    per_view = _split_labels(name, labels, views)
+    per_view = _split_labels(name, labels, views)[: len(views.features)]
     anchors = views.anchor_rows(per_view)
-    if views.contrast_features is None:
-        if contrast_labels is not None:
-            raise ValueError(f"{contrast_name} describes contrast_features, which is missing")
-        contrasts = anchors if views.are_self_contrast else views.contrast_rows(per_view)
-    else:
-        contrasts = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
+    of_set = None
+    if views.contrast_features is not None:
+        of_set = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
+    elif contrast_labels is not None:
+        raise ValueError(f"{contrast_name} describes contrast_features, which is missing")
     if anchors.dim() == 1:
-        left = _class_values(anchors)
-        return ClassLabels(left, left if contrasts is anchors else _class_values(contrasts))
-    is_double = torch.float64 in (views.dtype, anchors.dtype, contrasts.dtype)
-    dtype = torch.float64 if is_double else torch.float32
-    left = anchors.to(dtype)
-    return VectorLabels(left, left if contrasts is anchors else contrasts.to(dtype))
+        per_view, of_set = [_class_values(y) for y in per_view], None if of_set is None else _class_values(of_set)
+        left = views.anchor_rows(per_view)
+        return ClassLabels(left, left if views.are_self_contrast else views.contrast_rows(per_view, of_set))
+    dtypes = [views.dtype, *(y.dtype for y in per_view), *([] if of_set is None else [of_set.dtype])]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    per_view, of_set = [y.to(dtype) for y in per_view], None if of_set is None else of_set.to(dtype)
+    left = views.anchor_rows(per_view)
+    return VectorLabels(left, left if views.are_self_contrast else views.contrast_rows(per_view, of_set))
 
 
 def _class_values(labels: Tensor) -> Tensor:
@@ -298,23 +414,29 @@ def _class_values(labels: Tensor) -> Tensor:
 
 
 def _paired_views(views: _Views) -> ClassLabels:
-    """No labels: each sample is its own class."""
+    """No labels: each sample is its own class, of which row n of the set is one if the batch has no other."""
+    n, m = views.num_samples, views.num_set_rows
+    sample = torch.arange(n, device=views.device)
+    anchors = sample.repeat(views.num_anchor_views)
     if views.contrast_features is None:
-        if views.num_given == 1:
+        if not views.have_other_views:
             raise ValueError(
                 "labels is missing and features has one view: nothing could be a positive. Give labels (a teacher's "
                 "alone, too, go there), a second view, or contrast_features"
             )
-    elif views.num_contrast_rows != views.num_samples:
+        of_set = None
+    elif views.have_other_views:
+        of_set = sample.new_full((m,), n)  # negatives of all
+    elif m < n:
         raise ValueError(
-            f"labels is missing: row n of contrast_features is then the positive of sample n, which needs "
-            f"{views.num_samples} rows; got {views.num_contrast_rows}"
+            f"labels is missing: row n of contrast_features is then the positive of sample n, which needs at least "
+            f"{n} rows; got {m}"
         )
-    sample = torch.arange(views.num_samples, device=views.device)
-    anchors = sample.repeat(views.num_anchor_views)
+    else:
+        of_set = torch.cat([sample, sample.new_full((m - n,), n)])
     if views.are_self_contrast:
         return ClassLabels(anchors, anchors, are_numbers=True)
-    return ClassLabels(anchors, sample.repeat(views.num_contrast_views), are_numbers=True)
+    return ClassLabels(anchors, views.contrast_rows([sample] * len(views.features), of_set), are_numbers=True)
 
 
 def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -> Sequence[Tensor]:
@@ -406,7 +528,7 @@ def _are_comparable(labels: Tensor, others: Tensor) -> bool:
 def _check_contrast_labels(
     name: str, labels: Tensor | None, anchor_name: str, anchors: Tensor, views: _Views
 ) -> Tensor:
-    expected = (views.num_contrast_rows, *anchors.shape[1:])
+    expected = (views.num_set_rows, *anchors.shape[1:])
     labels = _check_label_tensor(name, labels, 1, views.device)
     if tuple(labels.shape) != expected:
         raise ValueError(
@@ -422,13 +544,15 @@ def _similarity(weights: Tensor, views: _Views) -> Similarity:
     name = "label_similarity"
     check_tensor(name, weights, views.device)
     full = (views.num_anchors, views.num_contrast_rows)
-    tiled = (views.num_samples, views.num_contrast_rows if views.contrast_features is not None else views.num_samples)
+    own = views.num_samples if views.num_contrast_views else 0
+    tiled = (views.num_samples, own + views.num_set_rows)
     shape = tuple(weights.shape)
     if shape not in (full, tiled):
         raise ValueError(f"{name} must be {full}, anchors by contrasts, or {tiled}, tiled over views; got {shape}")
     check_values(name, weights)
     if shape != full:
-        weights = weights.repeat(views.num_anchor_views, views.num_contrast_views)
+        parts = [weights[:, :own].repeat(1, views.num_contrast_views), weights[:, own:]] if own else [weights]
+        weights = torch.cat(parts, 1).repeat(views.num_anchor_views, 1)
     return Similarity(weights)
 
 
@@ -441,3 +565,32 @@ def _sample_weight(weight: Tensor | None, views: _Views) -> Tensor | None:
         raise ValueError(f"{name} must be (N,) or (N, V) with N = {n} and V = {v}; got shape {tuple(weight.shape)}")
     check_values(name, weight)
     return views.anchor_rows([weight] * v if weight.dim() == 1 else weight.unbind(1))
+
+
+def _check_contrast_weight(weight: Tensor, ones: Tensor, views: _Views) -> tuple[Tensor, Tensor]:
+    """Those of anchors, one if they have none, and of contrasts."""
+    name, n, v = "contrast_weight", views.num_samples, views.num_given
+    check_tensor(name, weight, views.device)
+    is_of_batch, rows = views.contrast_features is None, views.num_contrast_rows
+    if tuple(weight.shape) not in (((n,), (n, v)) if is_of_batch else ((rows,),)):
+        expected = f"(N,) or (N, V) with N = {n} and V = {v}" if is_of_batch else f"({rows},), one for each contrast"
+        raise ValueError(f"{name} must be {expected}; got shape {tuple(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError(f"{name} gets no gradient from the loss, and asks for one: pass {name}.detach()")
+    check_values(name, weight)
+    weight = weight.to(views.dtype)
+    if is_of_batch:
+        per_view = [weight] * v if weight.dim() == 1 else weight.unbind(1)
+        return views.anchor_rows(per_view), views.contrast_rows(per_view, None)
+    return ones if views.self_offset is None else weight[: views.num_anchors], weight
+
+
+def _check_ignore_index(ignore_index: int, labels: Labels) -> tuple[Tensor, Tensor]:
+    """The class numbers of anchors and contrasts."""
+    if not isinstance(labels, ClassLabels) or labels.are_numbers:
+        given = {VectorLabels: "label vectors", Similarity: "label_similarity"}.get(type(labels), "no labels")
+        raise ValueError(
+            f"ignore_index is a class number, and goes with labels (N,); got {given}: leave rows out by "
+            "contrast_weight, which may be zero"
+        )
+    return labels.anchors, labels.contrasts

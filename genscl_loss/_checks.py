@@ -123,6 +123,20 @@ def _negative_labels(vectors: Tensor) -> str:
     return "; label vectors are weights or probabilities: apply softmax to logits first"
 
 
+def check_bool(name: str, value: object) -> bool:
+    """True or False, nothing that is merely true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
+    return value
+
+
+def check_index(name: str, value: object) -> int | None:
+    """A class number, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise TypeError(f"{name} must be an integer, a class number, or None; got {type(value).__name__}")
+    return None if value is None else int(value)
+
+
 def check_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:
     """A real, dense tensor that is all here, on the device of the features."""
     if not isinstance(value, Tensor):

@@ -4,6 +4,9 @@ With s the logits, p their softmax, c what comes from above and W the positive m
 
     d/ds_ij sum_i c_i sum_j w_ij log p_ij = c_i (w_ij - W_i p_ij).
 
+With weights of contrasts, p_ij is exp(s_ij) / sum_k weight_k exp(s_ik) in the logarithm and weight_j times that in the
+derivative.
+
 Where an anchor has but one positive, k, and q is the softmax of the others,
 
     log p_ik = log(1 / (1 + exp(lse_i - s_ik))),    d/ds_ij = c_i (1 - p_ik) ([j = k] - q_ij):
@@ -33,6 +36,7 @@ def log_likelihoods(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     weights: Sequence[Tensor],
     self_offset: int | None,
     normalize: bool,
@@ -44,6 +48,7 @@ def log_likelihoods(
         anchors: (A, D), of any length if they are to be normalised.
         contrasts: (M, D); None: the anchors themselves.
         scale: 0-dim, one over the temperature.
+        weight: Of each contrast, (M,), or None.
         weights: (A, M), with zeros in the self terms.
         self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
         normalize: Whether rows are to be scaled to unit length.
@@ -53,12 +58,14 @@ def log_likelihoods(
         if _needs_plain_operations(()):
             likelihood = equation_of_pairs(anchors, contrasts, scale, self_offset, partner, normalize)
         else:
-            likelihood = _Equation.apply(anchors, contrasts, scale, self_offset, normalize, partner)[0]  # type: ignore[no-untyped-call]
+            likelihood = _Equation.apply(anchors, contrasts, scale, None, self_offset, normalize, partner)[0]  # type: ignore[no-untyped-call]
         return [(likelihood, torch.ones_like(likelihood).detach())]
     if _needs_plain_operations(weights):
-        return list(zip(*equation(anchors, contrasts, scale, weights, self_offset, normalize), strict=True))
+        return list(zip(*equation(anchors, contrasts, scale, weight, weights, self_offset, normalize), strict=True))
     masses = [w.sum(1) for w in weights]
-    found = _Equation.apply(anchors, contrasts, scale, self_offset, normalize, None, *weights, *masses)  # type: ignore[no-untyped-call]
+    found = _Equation.apply(  # type: ignore[no-untyped-call]
+        anchors, contrasts, scale, weight, self_offset, normalize, None, *weights, *masses
+    )
     return list(zip(found, masses, strict=True))
 
 
@@ -66,13 +73,14 @@ def equation(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     weights: Sequence[Tensor],
     self_offset: int | None,
     normalize: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The likelihoods and the masses, in plain operations."""
     z, others = unit_pair(anchors, contrasts, normalize)
-    log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset)
+    log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset, weight)
     found = [dense.log_likelihood(log_p, w) for w in weights]
     return [likelihood for likelihood, _ in found], [mass for _, mass in found]
 
@@ -111,6 +119,7 @@ class _Equation(torch.autograd.Function):
         anchors: Tensor,
         contrasts: Tensor | None,
         scale: Tensor,
+        weight: Tensor | None,
         self_offset: int | None,
         normalize: bool,
         partner: int | None,
@@ -121,7 +130,7 @@ class _Equation(torch.autograd.Function):
             z, factor = _unit(anchors, normalize)
             others, other_factor = (z, factor) if contrasts is None else _unit(contrasts, normalize)
             if partner is None:
-                log_p = dense.log_softmax(z, others, scale, self_offset)
+                log_p = dense.log_softmax(z, others, scale, self_offset, weight)
                 likelihoods, kept = tuple((w * log_p).sum(1) for w in weights), log_p
             else:
                 likelihood, kept = _of_pairs(z, others, scale, self_offset, partner)
@@ -130,19 +139,19 @@ class _Equation(torch.autograd.Function):
                 likelihoods = (likelihood,)
         rows = (anchors, contrasts, z, None if contrasts is None else others)
         of_pairs = None if partner is None else likelihoods[0]
-        ctx.save_for_backward(*rows, scale, kept, of_pairs, factor, other_factor, *weights_and_masses)
+        ctx.save_for_backward(*rows, scale, weight, kept, of_pairs, factor, other_factor, *weights_and_masses)
         ctx.options = self_offset, normalize, partner
         return likelihoods
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, contrasts, z, others, scale, kept, of_pairs, factor, other_factor, *rest = ctx.saved_tensors
+        anchors, contrasts, z, others, scale, weight, kept, of_pairs, factor, other_factor, *rest = ctx.saved_tensors
         weights, masses, wanted = rest[: len(rest) // 2], rest[len(rest) // 2 :], ctx.needs_input_grad[:3]
-        none = [None] * (3 + len(rest))
+        none = [None] * (4 + len(rest))
         with without_autocast(anchors.device):
             if torch.is_grad_enabled() or any(map(is_batched, grads)):
-                return *_again(ctx, (anchors, contrasts, scale), weights, grads), *none
-            d_logits = kept.exp()
+                return *_again(ctx, (anchors, contrasts, scale), weight, weights, grads), *none
+            d_logits = kept.exp() if weight is None else (kept + weight.log()).exp_()
             if of_pairs is not None:
                 missing = grads[0] * torch.expm1(of_pairs)  # minus (1 - p)
                 d_logits.mul_(missing[:, None])
@@ -195,7 +204,11 @@ def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _again(
-    ctx: Any, inputs: Sequence[Tensor | None], weights: Sequence[Tensor], grads: Sequence[Tensor]
+    ctx: Any,
+    inputs: Sequence[Tensor | None],
+    weight: Tensor | None,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """The gradient as a function that can be differentiated, and taken for several upstream gradients at a time."""
     again = torch.is_grad_enabled()
@@ -206,7 +219,7 @@ def _again(
         assert anchors is not None and scale is not None
         self_offset, normalize, partner = ctx.options
         if partner is None:
-            likelihoods, _ = equation(anchors, contrasts, scale, weights, self_offset, normalize)
+            likelihoods, _ = equation(anchors, contrasts, scale, weight, weights, self_offset, normalize)
         else:
             likelihoods = [equation_of_pairs(anchors, contrasts, scale, self_offset, partner, normalize)]
     places = [k for k in range(3) if ctx.needs_input_grad[k]]

@@ -84,11 +84,14 @@ def global_log_likelihoods(
     def share(numbers: Tensor) -> Tensor:
         return gather(numbers, counts, members)
 
+    weight = None if batch.contrast_weight is None else share(batch.contrast_weight)
     unit = batch.normalize
     if is_mirrored:
-        lse = mirrored_row_lse(z, every, scale, first, share, unit=unit, precision=precision, backend=backend)
+        lse = mirrored_row_lse(
+            z, every, scale, first, share, unit=unit, precision=precision, backend=backend, weight=weight
+        )
     else:
-        lse = row_lse(z, every, scale, offset, unit=unit, precision=precision, backend=backend)
+        lse = row_lse(z, every, scale, offset, unit=unit, precision=precision, backend=backend, weight=weight)
     likelihoods = []
     for labels in batch.all_labels:
         if isinstance(labels, VectorLabels):
@@ -156,8 +159,9 @@ def _positives_by_exchange(
 
 def _classes_of_all(labels: ClassLabels, first: int, counts: Sequence[int], members: Members) -> ClassLabels:
     """Classes of the anchors of this process and of the contrasts of all."""
-    a, b, are_numbers = labels
+    a, b, are_numbers, there = labels
+    there = None if there is None else gather(there, counts, members)
     if are_numbers:  # of samples: those of other processes are others
         a, b = a + first, b + first
     dtype = torch.float64 if a.is_floating_point() else torch.int64
-    return ClassLabels(a.to(dtype), gather(b.to(dtype), counts, members), are_numbers)
+    return ClassLabels(a.to(dtype), gather(b.to(dtype), counts, members), are_numbers, there)

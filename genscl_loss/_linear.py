@@ -35,6 +35,7 @@ class Options:
 
     self_offset: int | None
     partner: int | None  # contrast (i + partner) modulo M is all that anchor i has
+    num_live: int | None  # contrasts that can have a gradient, the first ones; None: all
     normalize: bool
     precision: str
     backend: str
@@ -44,6 +45,7 @@ def log_likelihoods(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     all_labels: Sequence[ClassLabels | VectorLabels],
     options: Options,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -53,16 +55,19 @@ def log_likelihoods(
         anchors: (A, D), of any length if they are to be normalised.
         contrasts: (M, D); None: the anchors themselves.
         scale: 0-dim, one over the temperature.
+        weight: Of each contrast, (M,), or None.
         all_labels: One or two.
         options: The rest.
     """
     both: list[Tensor | None] = [None] * 4
+    all_labels = [y.numbered() if isinstance(y, ClassLabels) and y.there is not None else y for y in all_labels]
     for k, labels in enumerate(all_labels):
-        both[2 * k], both[2 * k + 1] = labels.anchors.detach(), None if contrasts is None else labels.contrasts.detach()
+        a, b = labels.anchors.detach(), labels.contrasts.detach()
+        both[2 * k : 2 * k + 2] = [b, None] if contrasts is None else [a, b]
     are_numbers = isinstance(all_labels[0], ClassLabels) and all_labels[0].are_numbers
     # Field by field: not all versions of the compiler know `dataclasses.astuple`.
-    rest = options.self_offset, options.partner, options.normalize, options.precision, options.backend
-    likelihood, mass, *_ = _linear(anchors, contrasts, scale, *both, are_numbers, *rest)
+    rest = options.self_offset, options.partner, options.num_live, options.normalize, options.precision, options.backend
+    likelihood, mass, *_ = _linear(anchors, contrasts, scale, weight, *both, are_numbers, *rest)
     return list(zip(likelihood.unbind(), mass.unbind(), strict=True))
 
 
@@ -70,6 +75,7 @@ def _kernel(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     a: Tensor,
     b: Tensor | None,
     teacher_a: Tensor | None,
@@ -77,13 +83,14 @@ def _kernel(
     are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
+    num_live: int | None,
     normalize: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Log-likelihoods, masses and alignments, (1, A) or (2, A); then what `pairs_grad` wants."""
     z, others = (_unit(rows, normalize)[0] for rows in (anchors, contrasts))
-    lse, *kept = pairs(z, others, scale, self_offset, partner, normalize, precision, backend)
+    lse, *kept = pairs(z, others, scale, weight, self_offset, partner, normalize, precision, backend)
     results = []
     for labels in _labels(a, b, teacher_a, teacher_b, are_numbers=are_numbers):
         alignment, mass = align(labelled(z, others, labels, self_offset))
@@ -99,6 +106,7 @@ def _fake(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     a: Tensor,
     b: Tensor | None,
     teacher_a: Tensor | None,
@@ -106,6 +114,7 @@ def _fake(
     are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
+    num_live: int | None,
     normalize: bool,
     precision: str,
     backend: str,
@@ -115,23 +124,23 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchors, contrasts, scale, a, b, teacher_a, teacher_b, *ctx.options = inputs
-    ctx.save_for_backward(anchors, contrasts, scale, a, b, teacher_a, teacher_b, *output)
+    anchors, contrasts, scale, weight, a, b, teacher_a, teacher_b, *ctx.options = inputs
+    ctx.save_for_backward(anchors, contrasts, scale, weight, a, b, teacher_a, teacher_b, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
-    anchors, contrasts, scale, *saved = ctx.saved_tensors
+        return (None,) * 15
+    anchors, contrasts, scale, weight, *saved = ctx.saved_tensors
     labels, kept = saved[:4], saved[4:]
     wanted = list(ctx.needs_input_grad[:3])
     with torch.no_grad():
-        results = _linear_grad(grad, anchors, contrasts, scale, labels, kept, *ctx.options, wanted)
+        results = _linear_grad(grad, anchors, contrasts, scale, weight, labels, kept, *ctx.options, wanted)
     message = no_second_derivative(ctx.options[-1])
     grads = [only_once(x, message, kept[0]) if want else None for x, want in zip(results, wanted, strict=True)]
-    return *grads, *[None] * 10
+    return *grads, *[None] * 12
 
 
 def _grad_kernel(
@@ -139,11 +148,13 @@ def _grad_kernel(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     labels: list[Tensor | None],
     kept: list[Tensor],
     are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
+    num_live: int | None,
     normalize: bool,
     precision: str,
     backend: str,
@@ -154,8 +165,9 @@ def _grad_kernel(
     if partner is not None:
         grad = grad * torch.expm1(likelihood).neg_()
     (z, factor), (others, other_factor) = (_unit(rows, normalize) for rows in (anchors, contrasts))
+    live = 0 if contrasts is None or not wanted[1] else len(contrasts) if num_live is None else num_live
     d_z, d_others = pairs_grad(
-        (grad * mass).sum(0).neg_(), kept, z, others, scale, self_offset, partner, normalize, backend, wanted[1]
+        (grad * mass).sum(0).neg_(), kept, z, others, scale, weight, self_offset, partner, normalize, backend, live
     )
     d_scale = scale.new_empty(0)
     if wanted[2]:
@@ -164,12 +176,17 @@ def _grad_kernel(
         d_scale = (of_pairs + (grad * alignment).sum()).to(scale.dtype)
     for u, own in zip(grad * scale, _labels(*labels, are_numbers=are_numbers), strict=True):
         given = labelled(z, others, own, self_offset)
-        align_grad(u, None, given, (True, wanted[1], False, False), onto=(d_z, d_others))
+        align_grad(u, None, given, (True, live > 0, False, False), onto=(d_z, d_others))
     if normalize:
         unit_rows_grad(d_z, anchors, factor)
-        if d_others is not None and contrasts is not None:
-            unit_rows_grad(d_others, contrasts, other_factor)
-    return d_z, anchors.new_empty(0) if d_others is None else d_others, d_scale
+        if contrasts is not None and d_others is not None:
+            unit_rows_grad(d_others, contrasts[:live], other_factor[:live])
+    if d_others is None or contrasts is None:
+        return d_z, anchors.new_empty(0), d_scale
+    if live < len(contrasts):
+        some, d_others = d_others, torch.zeros_like(contrasts)
+        d_others[:live] = some
+    return d_z, d_others, d_scale
 
 
 def _labels(*both: Tensor | None, are_numbers: bool) -> list[ClassLabels | VectorLabels]:
@@ -194,10 +211,12 @@ def _grad_fake(
     return anchors.new_empty(anchors.shape), d_contrasts, scale.new_empty(() if wanted[2] else 0)
 
 
-_OPTIONS = "bool are_numbers, SymInt? self_offset, SymInt? partner, bool normalize, str precision, str backend"
+_OPTIONS = "bool are_numbers, SymInt? self_offset, SymInt? partner, SymInt? num_live, bool normalize"
+_OPTIONS += ", str precision, str backend"
 _linear = define_operator(
     "linear",
-    "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor a, Tensor? b, Tensor? teacher_a, Tensor? teacher_b, "
+    "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor? weight, Tensor a, Tensor? b, Tensor? teacher_a, "
+    "Tensor? teacher_b, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_kernel,
     fake=_fake,
@@ -206,7 +225,7 @@ _linear = define_operator(
 )
 _linear_grad = define_operator(
     "linear_grad",
-    "(Tensor grad, Tensor anchors, Tensor? contrasts, Tensor scale, Tensor?[] labels, Tensor[] kept, "
+    "(Tensor grad, Tensor anchors, Tensor? contrasts, Tensor scale, Tensor? weight, Tensor?[] labels, Tensor[] kept, "
     f"{_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,

@@ -12,7 +12,16 @@ from genscl_loss import _dense as dense
 from genscl_loss import _linear as linear
 from genscl_loss._backends import auto_backend, available_backends, choose, float32_precision, row_lse
 from genscl_loss._batch import Batch, make_batch
-from genscl_loss._checks import check_number, check_tensor, check_values, may_look_at, unknown_arguments, validate
+from genscl_loss._checks import (
+    check_bool,
+    check_index,
+    check_number,
+    check_tensor,
+    check_values,
+    may_look_at,
+    unknown_arguments,
+    validate,
+)
 from genscl_loss._choices import (
     BACKENDS,
     EMPTY_ANCHORS,
@@ -46,10 +55,13 @@ def gen_supcon_loss(
     contrast_mode: ContrastMode = "all",
     contrast_features: Tensor | None = None,
     contrast_labels: Tensor | None = None,
+    include_batch: bool = False,
     teacher_labels: Tensor | Sequence[Tensor] | None = None,
     contrast_teacher_labels: Tensor | None = None,
     teacher_weight: float = 1.0,
     sample_weight: Tensor | None = None,
+    contrast_weight: Tensor | None = None,
+    ignore_index: int | None = None,
     empty_anchors: EmptyAnchors = "zero",
     normalize: bool = True,
     reduction: Reduction = "mean",
@@ -81,14 +93,15 @@ def gen_supcon_loss(
         labels: Class numbers (N,) of any real dtype, compared by equality (none of them, -1 neither, means
             "unlabelled"); label vectors (N, C), not negative, rows of any length from 1e-18 to 1e19, a row of zeros
             meaning "unlabelled"; (N, V, C) or a sequence of V tensors (N,) or (N, C) where views have labels of their
-            own. None: the views of a sample are its positives, or, with `contrast_features` of N rows, row n is the
-            positive of sample n. What could be read in two ways is refused by its shape, and the message names both:
-            integers that are not (N,) or, multi-hot, (N, C) with C other than V; a single class, (N, 1); and vectors of
-            exactly the shape of 2-D features, which could be a second view: as a sequence, `[labels]`, they pass.
+            own. None: the other views of a sample are its positives; if the contrasts have none, row n of
+            `contrast_features`, of N rows or more, is the positive of sample n. What could be read in two ways is
+            refused by its shape, and the message names both: integers that are not (N,) or, multi-hot, (N, C) with C
+            other than V; a single class, (N, 1); and vectors of exactly the shape of 2-D features, which could be a
+            second view: as a sequence, `[labels]`, they pass.
         *more: Refused, with the name under which such an argument goes.
         label_similarity: w itself, instead of labels, not negative, not necessarily symmetric: (anchors, contrasts), or
-            (N, N), or (N, M) with `contrast_features`, which is tiled over views. The entry of an anchor with itself
-            is ignored, but has to be finite and not negative, too.
+            (N, N), with `contrast_features` (N, M), with both (N, N + M), which is tiled over views. The entry of an
+            anchor with itself is ignored, but has to be finite and not negative, too.
         temperature: tau > 0, a number or a 0-dim tensor, which may be learnable.
         base_temperature: tau_base > 0. None leaves the factor tau / tau_base out. The factor has no gradient: it would
             reward small temperatures, not good embeddings.
@@ -98,6 +111,8 @@ def gen_supcon_loss(
         contrast_features: (M, D), a contrast set of its own (a queue, another modality) instead of the batch. Nothing
             is excluded. Anchors are all views in mode "all", otherwise view 0. M may be 0.
         contrast_labels: Labels of `contrast_features`, (M,) of the dtype of `labels`, or (M, C).
+        include_batch: Contrast with the batch and `contrast_features`, in that order: a memory beside the batch
+            (XBM). What is excluded, and which mode means what, is as without `contrast_features`.
         teacher_labels: A teacher's label vectors, in any form that `labels` has for vectors. Adds `teacher_weight`
             times the loss with these in place of `labels`; both share one log-sum-exp. For the teacher alone pass its
             vectors as `labels`: without `labels` they are added to the loss of the views.
@@ -105,6 +120,12 @@ def gen_supcon_loss(
         teacher_weight: alpha >= 0 of the paper.
         sample_weight: (N,) or (N, V), not negative, multiplies the losses of its anchors. The mean is a weighted one:
             divided by the sum of the weights, and 0 if that is 0.
+        contrast_weight: c_j >= 0, multiplies :math:`e^{s_{ij}}` in the sum over contrasts, and nothing else: (N,) or
+            (N, V) for the batch; with `contrast_features` one for each contrast. A row of weight 0 is not there, as if
+            it had been left out of all arguments, whatever it holds: it is no contrast, no positive and no anchor; its
+            loss is 0, and the mean does not count it. No gradient.
+        ignore_index: A class number whose rows, in `labels` and `contrast_labels`, are not there in this sense. For a
+            GPU as for compiled code, nothing has to be looked up or filtered.
         empty_anchors: What anchors without positives (W_i <= 1e-8) count. "zero": 0 in the mean, as in the paper's
             code and SupContrast. "ignore": the mean is over the others, as in pytorch-metric-learning.
         normalize: Scale embeddings to unit length first. Nothing changes if they have it. A row shorter than 1e-18
@@ -151,8 +172,9 @@ def gen_supcon_loss(
     def prepare() -> _Problem:
         if more or unknown:
             raise unknown_arguments(gen_supcon_loss, more, unknown)
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize must be a bool; got {type(normalize).__name__}")
+        check_bool("normalize", normalize)
+        check_bool("include_batch", include_batch)
+        ignored = check_index("ignore_index", ignore_index)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("empty_anchors", empty_anchors, EMPTY_ANCHORS)
         check_choice("backend", backend, BACKENDS)
@@ -163,9 +185,12 @@ def gen_supcon_loss(
             contrast_mode=contrast_mode,
             contrast_features=contrast_features,
             contrast_labels=contrast_labels,
+            include_batch=include_batch,
             teacher_labels=teacher_labels,
             contrast_teacher_labels=contrast_teacher_labels,
             sample_weight=sample_weight,
+            contrast_weight=contrast_weight,
+            ignore_index=ignored,
             normalize=normalize,
         )
         weight = check_number("teacher_weight", teacher_weight)
@@ -175,6 +200,9 @@ def gen_supcon_loss(
             "base_temperature": base_temperature,
             "contrast_mode": contrast_mode,
             "contrast_features": None if contrast_features is None else "given",
+            "include_batch": include_batch,
+            "contrast_weight": None if contrast_weight is None else "given",
+            "ignore_index": ignored,
             "empty_anchors": empty_anchors,
             "reduction": reduction,
             "teacher_weight": weight,
@@ -198,7 +226,7 @@ class _Problem(NamedTuple):
 
 
 def _loss(problem: _Problem) -> Tensor:
-    batch = problem.batch
+    batch = problem.batch.without_empty_set()
     return _total(problem, _log_likelihoods(batch, problem.scale, problem.backend), batch.anchors.shape[0], None)
 
 
@@ -243,8 +271,9 @@ def _total(
     problem: _Problem, likelihoods: list[tuple[Tensor, Tensor]], num_anchors: int, members: Members | None
 ) -> Tensor:
     """The loss of all anchors, the teacher's term included."""
+    is_probability = problem.options["contrast_weight"] is None
     terms = [
-        _reduce(_loss_of(likelihood / (mass + _EPS)), mass, problem, num_anchors, members)
+        _reduce(_loss_of(likelihood / (mass + _EPS), is_probability), mass, problem, num_anchors, members)
         for likelihood, mass in likelihoods
     ]
     return terms[0] if len(terms) == 1 else terms[0] + problem.teacher_weight * terms[1]
@@ -310,15 +339,20 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         weights = []
         if batch.partner is None:
             weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]
-        return dense.log_likelihoods(anchors, contrasts, scale, weights, self_offset, batch.normalize, batch.partner)
+        return dense.log_likelihoods(
+            anchors, contrasts, scale, batch.contrast_weight, weights, self_offset, batch.normalize, batch.partner
+        )
     precision = _precision(batch)
     constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
     if len(constant) == len(batch.all_labels):
         partner = batch.partner if backend == "tiled" else None
-        options = linear.Options(self_offset, partner, batch.normalize, precision, backend)
-        return linear.log_likelihoods(anchors, contrasts, scale, constant, options)
+        options = linear.Options(self_offset, partner, batch.num_live, batch.normalize, precision, backend)
+        return linear.log_likelihoods(anchors, contrasts, scale, batch.contrast_weight, constant, options)
     z, others = unit_pair(anchors, contrasts, batch.normalize)
-    lse = row_lse(z, others, scale, self_offset, unit=batch.normalize, precision=precision, backend=backend)
+    lse = row_lse(
+        z, others, scale, self_offset,
+        unit=batch.normalize, precision=precision, backend=backend, weight=batch.contrast_weight,
+    )  # fmt: skip
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     found = [positives(z, others, labels, self_offset) for labels in batch.all_labels]
     return [(torch.addcmul(alignment * scale, mass, lse, value=-1), mass) for alignment, mass in found]
@@ -328,12 +362,13 @@ def _precision(batch: Batch) -> str:
     return "high" if batch.half else float32_precision(batch.anchors.device.type)
 
 
-def _loss_of(likelihood: Tensor) -> Tensor:
+def _loss_of(likelihood: Tensor, is_probability: bool) -> Tensor:
     """The loss of each anchor: minus its log-likelihood, which rounding may have made positive; the loss is then 0.
 
-    The gradient is that of the likelihood in any case, and zero has no sign.
+    The gradient is that of the likelihood in any case, and zero has no sign. With weights in its denominator the
+    likelihood is no probability, and may well be positive.
     """
-    return likelihood.detach().clamp(min=0) - likelihood
+    return (likelihood.detach().clamp(min=0) if is_probability else 0) - likelihood
 
 
 def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, members: Members | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from genscl_loss._checks import check_number, is_transformed, unknown_arguments
+from genscl_loss._checks import check_bool, check_index, check_number, is_transformed, unknown_arguments
 from genscl_loss._choices import BACKENDS, Backend, ContrastMode, EmptyAnchors, Reduction, check_choice
 from genscl_loss._distributed import Members
 from genscl_loss.functional import gen_supcon_loss
@@ -37,6 +37,8 @@ class GenSupConLoss(nn.Module):
         temperature: tau > 0; the initial value if it is learnable.
         contrast_mode: "all", "one" or "first".
         base_temperature: tau_base, or None for no factor.
+        include_batch: Contrast with the batch and `contrast_features`, which each call then has.
+        ignore_index: Class number of rows that take no part.
         teacher_weight: alpha >= 0 of the teacher's term.
         empty_anchors: "zero" or "ignore".
         normalize: Scale embeddings to unit length first.
@@ -69,6 +71,8 @@ class GenSupConLoss(nn.Module):
         contrast_mode: ContrastMode = "all",
         base_temperature: float | None = 0.07,
         *,
+        include_batch: bool = False,
+        ignore_index: int | None = None,
         teacher_weight: float = 1.0,
         empty_anchors: EmptyAnchors = "zero",
         normalize: bool = True,
@@ -88,9 +92,13 @@ class GenSupConLoss(nn.Module):
         self.backend: Backend = "auto"
         self.log_temperature: nn.Parameter | None = None
         self._temperature = _fixed(temperature)
+        self.include_batch = False
+        self.ignore_index: int | None = None
         # Any wrong option shows now, not in the first step of training: the function is the judge. By name, since a
         # subclass may have a `forward` of its own.
         GenSupConLoss.forward(self, torch.zeros(2, 2, 2, device="cpu"))
+        self.include_batch = check_bool("include_batch", include_batch)
+        self.ignore_index = check_index("ignore_index", ignore_index)
         check_choice("backend", backend, BACKENDS)  # whether it can be used is for the device of the features to say
         self.backend = backend
         self.group = group
@@ -146,6 +154,7 @@ class GenSupConLoss(nn.Module):
         teacher_labels: Tensor | Sequence[Tensor] | None = None,
         contrast_teacher_labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        contrast_weight: Tensor | None = None,
         **unknown: NoReturn,
     ) -> Tensor:
         """The loss of a batch; the tensors are those of `gen_supcon_loss`, and so are the errors.
@@ -160,6 +169,7 @@ class GenSupConLoss(nn.Module):
             teacher_labels: (N, C), (N, V, C) or a sequence of V tensors (N, C).
             contrast_teacher_labels: (M, C).
             sample_weight: (N,) or (N, V).
+            contrast_weight: (N,), (N, V) or (contrasts,).
             **unknown: Refused, too.
 
         Returns:
@@ -179,10 +189,13 @@ class GenSupConLoss(nn.Module):
             contrast_mode=self.contrast_mode,
             contrast_features=contrast_features,
             contrast_labels=contrast_labels,
+            include_batch=self.include_batch,
             teacher_labels=teacher_labels,
             contrast_teacher_labels=contrast_teacher_labels,
             teacher_weight=self.teacher_weight,
             sample_weight=sample_weight,
+            contrast_weight=contrast_weight,
+            ignore_index=self.ignore_index,
             empty_anchors=self.empty_anchors,
             normalize=self.normalize,
             reduction=self.reduction,

@@ -74,9 +74,7 @@ class FeatureQueue(nn.Module):
         >>> queue = FeatureQueue(size=6, dim=16)
         >>> for step in range(3):
         ...     queries, keys = torch.randn(4, 16), torch.randn(4, 16)
-        ...     contrasts = torch.cat([keys, queue.features])
-        ...     positives = torch.eye(4, len(contrasts))
-        ...     loss = criterion(queries, label_similarity=positives, contrast_features=contrasts)
+        ...     loss = criterion(queries, contrast_features=torch.cat([keys, queue.features]))
         ...     queue.enqueue(keys)
         >>> len(queue)
         6

@@ -44,7 +44,7 @@ def make_call(seed: int) -> tuple[dict[str, Any], list[str]]:
     n, v, c = choose.choice([0, *range(1, 10)]), choose.randint(1, 3), choose.randint(2, 5)
     d = choose.choice([1 if v == 1 else 2, 2, 3, 8, 33])  # views of one number each are refused
     dtype = choose.choice(DTYPES)
-    separate = choose.random() < 0.3
+    separate = choose.random() < 0.4
     m = choose.choice([0, 1, 2, 7, 20])
 
     def rows(count: int, width: int) -> Tensor:
@@ -66,12 +66,15 @@ def make_call(seed: int) -> tuple[dict[str, Any], list[str]]:
     if v > 1:
         views = [rows(n, d) for _ in range(v)]
         call["features"] = views if choose.random() < 0.4 else torch.stack(views, 1)
-    modes = ["all", "all", "first"] + (["one"] if v > 1 or separate else [])
+    beside = separate and choose.random() < 0.5
+    modes = ["all", "all", "first"] + (["one"] if v > 1 or (separate and not beside) else [])
     call["contrast_mode"] = choose.choice(modes)
     kind = choose.choice(["classes", "vectors", "classes of views", "vectors of views", "none", "similarity"])
     if kind == "none" and v == 1 and not separate:
         kind = "classes"
-    m = n if kind == "none" and separate else m
+    own = 0 if separate and not beside else n if call["contrast_mode"] == "one" else n * v  # contrasts of the batch
+    if kind == "none" and separate and not (beside and v > 1):  # row n is the positive of sample n
+        m = n + choose.choice([0, 0, m])
     if kind == "classes":
         call["labels"] = classes(n)
     elif kind == "vectors":
@@ -81,9 +84,11 @@ def make_call(seed: int) -> tuple[dict[str, Any], list[str]]:
     elif kind == "vectors of views":
         call["labels"] = [vectors(n) for _ in range(v)]
     elif kind == "similarity":
-        call["label_similarity"] = torch.rand(n, m if separate else n, generator=numbers, dtype=torch.float64)
+        columns = (n if own or not separate else 0) + (m if separate else 0)
+        call["label_similarity"] = torch.rand(n, columns, generator=numbers, dtype=torch.float64)
     if separate:
         call["contrast_features"] = rows(m, d)
+        call["include_batch"] = beside
         if kind.startswith("classes"):
             call["contrast_labels"] = classes(m)
         elif kind.startswith("vectors"):
@@ -95,6 +100,12 @@ def make_call(seed: int) -> tuple[dict[str, Any], list[str]]:
             call["contrast_teacher_labels"] = vectors(m)
     if choose.random() < 0.3:
         call["sample_weight"] = torch.rand(n, generator=numbers, dtype=torch.float64) * choose.choice([0, 1, 1, 1])
+    if choose.random() < 0.2:
+        shape = (own + m,) if separate else choose.choice([(n,), (n, v)])
+        weights = torch.rand(shape, generator=numbers, dtype=torch.float64)
+        call["contrast_weight"] = weights * (torch.rand(shape, generator=numbers) < 0.7)
+    if kind.startswith("classes") and choose.random() < 0.2:
+        call["ignore_index"] = choose.choice([0, -1, 5])
     call["temperature"] = choose.choice([0.005, 0.05, 0.07, 0.5, 1, 10.0])
     if choose.random() < 0.2:
         call["temperature"] = torch.tensor(float(call["temperature"]), dtype=torch.float64)
@@ -221,8 +232,12 @@ def without_short_rows(value: Any) -> Any:
 
 
 def is_blind(call: dict[str, Any]) -> bool:
-    """Whether something that is not finite has no part in the loss: other views in mode "one", weights of zero."""
-    return call["contrast_mode"] == "one" or call.get("contrast_features") is not None or "sample_weight" in call
+    """Whether what is not finite may have no part in the loss: other views in mode "one", rows that weigh nothing."""
+    return (
+        call["contrast_mode"] == "one"
+        or call.get("contrast_features") is not None
+        or any(name in call for name in ("sample_weight", "contrast_weight", "ignore_index"))
+    )
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:

@@ -190,6 +190,35 @@ def set_problems(draw, *, max_number: int = 9) -> Problem:
     return Problem(random_features(number, views, dim, seed), options, draw(tiles))
 
 
+@st.composite
+def memory_problems(draw) -> Problem:
+    """A valid call with the batch and a set beside it, which may be empty."""
+    kind = draw(st.sampled_from(LABEL_KINDS))
+    mode = draw(st.sampled_from(MODES))
+    number, size = draw(st.integers(1, 8)), draw(st.integers(0, 9))
+    views = draw(st.integers(2 if kind == "none" or mode == "one" else 1, 3))
+    dim, classes, seed = draw(st.integers(2, 7)), draw(st.integers(2, 5)), draw(seeds)
+    both = make_labels(kind, number + size, views, classes, 1e-2, seed + 1)
+    options = {
+        "contrast_mode": mode,
+        "contrast_features": random_features(size, 1, dim, seed + 2)[:, 0],
+        "include_batch": True,
+        "temperature": draw(temperatures),
+        "base_temperature": draw(st.sampled_from([None, 0.07])),
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "empty_anchors": draw(st.sampled_from(["zero", "ignore"])),
+    }
+    if both is not None:
+        options["labels"] = both[:number]
+        options["contrast_labels"] = both[number:, 0] if kind == "per_view" else both[number:]
+    if draw(st.booleans()):
+        options["teacher_labels"] = soft_rows(number, classes, seed + 3)
+        options["contrast_teacher_labels"] = soft_rows(size, classes, seed + 4)
+    if draw(st.booleans()):
+        options["sample_weight"] = torch.rand(number, generator=generator(seed + 5), dtype=torch.float64)
+    return Problem(random_features(number, views, dim, seed), options, draw(tiles))
+
+
 def tolerance(options: dict, dtype: torch.dtype = torch.float64) -> float:
     """How far a correct result may be from the oracle, in units of the loss.
 

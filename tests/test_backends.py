@@ -132,10 +132,10 @@ def test_row_lse_is_registered_correctly(a, m, self_offset, dtype):
     grad = torch.randn_like(sums[0])
     operators = torch.ops.genscl_loss
     leaves = [x if x is None else x.clone().requires_grad_() for x in (anchors, contrasts, scale)]
-    opcheck(operators.row_lse.default, (*leaves, self_offset, partners, False, "highest", "tiled"))
-    for wanted in (False, True):
+    opcheck(operators.row_lse.default, (*leaves, None, self_offset, partners, False, "highest", "tiled"))
+    for wanted in (0, 2, a if m is None else m):
         sizes = (a if m is None else m, anchors.shape[1])
-        saved = (sums, anchors, contrasts, scale, self_offset, partners, False, *sizes)
+        saved = (sums, anchors, contrasts, scale, None, self_offset, partners, False, *sizes)
         opcheck(operators.row_lse_grad.default, (grad, *saved, wanted, "tiled"))
 
 
@@ -144,7 +144,7 @@ def test_operators_take_any_strides():
     scale = torch.tensor(2.0)
     opcheck(
         torch.ops.genscl_loss.row_lse.default,
-        (anchors.requires_grad_(), contrasts.requires_grad_(), scale, None, [], False, "highest", "tiled"),
+        (anchors.requires_grad_(), contrasts.requires_grad_(), scale, None, None, [], False, "highest", "tiled"),
     )
     a, b = torch.rand(6, 8).T, torch.rand(12, 10)[::2, ::2].T
     opcheck(torch.ops.genscl_loss.matmul.default, (a.requires_grad_(), b.T.requires_grad_()[:, :2]), test_utils=SCHEMA)

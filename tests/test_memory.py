@@ -18,10 +18,10 @@ def make(n: int, kind: str):
     return features, {"hard": soft.argmax(1), "soft": soft}[kind]
 
 
-def peak_bytes(features, labels, backend: str) -> int:
+def peak_bytes(features, labels, backend: str, **options) -> int:
     """Highest sum of allocations minus frees over a forward and a backward pass."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        torch.autograd.grad(gen_supcon_loss(features, labels, backend=backend), features)
+        torch.autograd.grad(gen_supcon_loss(features, labels, backend=backend, **options), features)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -37,6 +37,7 @@ def test_the_module_has_the_options_of_the_function_with_the_same_defaults():
         "teacher_labels",
         "contrast_teacher_labels",
         "sample_weight",
+        "contrast_weight",
     }
     refused = {"more", "unknown"}
     assert set(module) - {"learnable_temperature"} == set(function) - tensors - refused

@@ -781,7 +781,7 @@ def test_the_host_reads_nothing_that_the_device_computed(unread_scale, many_mult
     with NoReads():
         compute(anchors, contrasts, scale.clone().requires_grad_(), 0, upstream, unit=unit)
         _, sums, left, right = fused.row_lse(anchors, contrasts, scale, 0, unit, "highest")
-        fused.row_lse_grad(upstream, sums, left, right, scale, 0, unit, m or 150, 16, True)
+        fused.row_lse_grad(upstream, sums, left, right, scale, 0, unit, m or 150, 16, m or 150)
 
 
 @needs_gpu

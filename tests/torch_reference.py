@@ -43,12 +43,14 @@ def _weights(left: Tensor, right: Tensor) -> Tensor:
     return _unit(left.double()) @ _unit(right.double()).T
 
 
-def _term(queries, keys, weights, keep, temperature, base_temperature):
+def _term(queries, keys, weights, keep, log_weight, temperature, base_temperature):
     if keys.shape[0] == 0 or not keep.any():
         return (queries * 0).sum(dim=1), queries.new_zeros(queries.shape[0])
     logits = queries @ keys.T / temperature
     weights = torch.where(keep, weights, torch.zeros_like(weights))
-    log_prob = logits - torch.logsumexp(logits.masked_fill(~keep, float("-inf")), dim=1, keepdim=True)
+    some = keep.any(dim=1, keepdim=True)  # an anchor without contrasts is left out of all below
+    weighted = torch.where(keep, logits + log_weight, torch.where(some, float("-inf"), 0.0))
+    log_prob = logits - torch.where(some, torch.logsumexp(weighted, dim=1, keepdim=True), 0.0)
     mass = weights.sum(dim=1)
     losses = -(weights * log_prob).sum(dim=1) / (mass + 1e-8)
     if base_temperature is not None:
@@ -81,6 +83,9 @@ def reference_loss(
     contrast_mode="all",
     contrast_features=None,
     contrast_labels=None,
+    include_batch=False,
+    contrast_weight=None,
+    ignore_index=None,
     teacher_labels=None,
     contrast_teacher_labels=None,
     teacher_weight=1.0,
@@ -93,29 +98,56 @@ def reference_loss(
     views = _view_list(features)
     number, device = views[0].shape[0], views[0].device
     rows = torch.cat(views)
-    rows = _unit(rows) if normalize else rows
     count = len(rows) if contrast_mode == "all" else number  # anchors: the first `count` rows of the flat order
-    if contrast_features is not None:
-        keys = _unit(contrast_features.double()) if normalize else contrast_features.double()
-        chosen = None
+    if contrast_features is not None and not include_batch:
+        own = slice(0, 0)
     else:
-        chosen = slice(number, 2 * number) if contrast_mode == "one" else slice(None)
-        keys = rows[chosen]
-    queries = rows[:count]
-    keep = torch.ones(count, len(keys), dtype=torch.bool, device=device)
-    if contrast_features is None and contrast_mode != "one":
-        keep.fill_diagonal_(False)
+        own = slice(number, 2 * number) if contrast_mode == "one" else slice(0, len(rows))
+    memory = rows.new_zeros(0, rows.shape[1]) if contrast_features is None else contrast_features.double()
+    excluded = own.stop > 0 and contrast_mode != "one"
 
-    def weigh(own, others):
-        flat = _flat_labels(own, number, len(views), device)
-        if chosen is not None:
-            return _weights(flat[:count], flat[chosen])
-        return _weights(flat[:count], torch.arange(len(keys), device=device) if others is None else others)
+    # Which rows are there, and the weights of contrasts.
+    there, there_too = (torch.ones(len(x), dtype=torch.bool, device=device) for x in (rows, memory))
+    log_weight = torch.zeros(own.stop - own.start + len(memory), dtype=torch.float64, device=device)
+    if ignore_index is not None:
+        there = _flat_labels(labels, number, len(views), device) != ignore_index
+        if contrast_labels is not None:
+            there_too = contrast_labels != ignore_index
+    if contrast_weight is not None:
+        if contrast_features is None:
+            of_rows = contrast_weight if contrast_weight.dim() == 2 else contrast_weight[:, None].expand(-1, len(views))
+            of_rows = of_rows.T.flatten()
+            there, log_weight = there & (of_rows > 0), of_rows.double()[own].log()
+        else:
+            log_weight = contrast_weight.double().log()
+            if excluded:
+                there = there & (contrast_weight[: len(rows)] > 0)
+    rows, memory = (
+        torch.where(kept[:, None], x, torch.zeros_like(x)) for kept, x in ((there, rows), (there_too, memory))
+    )
+    rows, memory = (_unit(x) if normalize else x for x in (rows, memory))
+    queries, keys = rows[:count], torch.cat([rows[own], memory])
+    keep = (torch.cat([there[own], there_too]) & (log_weight > float("-inf"))).expand(count, -1).clone()
+    if excluded:
+        keep.fill_diagonal_(False)
+    keep &= there[:count, None]
+
+    def weigh(of_batch, others):
+        flat = _flat_labels(of_batch, number, len(views), device)
+        if contrast_features is None:
+            return _weights(flat[:count], flat[own])
+        if others is None:
+            others = torch.full((len(memory),), -1, device=device)
+            if own.stop - own.start <= (number if excluded else 0):  # no other view of a sample
+                others[:number] = torch.arange(number, device=device)
+        return _weights(flat[:count], torch.cat([flat[own].to(others.dtype), others]) if include_batch else others)
 
     if label_similarity is not None:
         weights = label_similarity.double()
         if weights.shape != keep.shape:
-            weights = weights.repeat(count // weights.shape[0], len(keys) // max(weights.shape[1], 1))
+            columns = [weights[:, :number].repeat(1, (own.stop - own.start) // max(number, 1)), weights[:, number:]]
+            weights = torch.cat(columns, 1) if own.stop > 0 else weights
+            weights = weights.repeat(count // weights.shape[0], 1)
     else:
         weights = weigh(labels, contrast_labels)
 
@@ -126,10 +158,12 @@ def reference_loss(
     else:
         per_anchor = sample_weight.double().T.flatten()[:count]
 
-    losses, mass = _term(queries, keys, weights, keep, temperature, base_temperature)
+    per_anchor = torch.where(there[:count], per_anchor, torch.zeros_like(per_anchor))
+    shared = (keep, log_weight, temperature, base_temperature)
+    losses, mass = _term(queries, keys, weights, *shared)
     total = _reduce(losses, mass, per_anchor, empty_anchors, reduction)
     if teacher_labels is not None:
         weights = weigh(teacher_labels, contrast_teacher_labels)
-        losses, mass = _term(queries, keys, weights, keep, temperature, base_temperature)
+        losses, mass = _term(queries, keys, weights, *shared)
         total = total + teacher_weight * _reduce(losses, mass, per_anchor, empty_anchors, reduction)
     return total

@@ -12,24 +12,44 @@ from torch import Tensor
 from genscl_loss._library import matmul
 
 
-def log_softmax(anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None) -> Tensor:
-    """Logarithm of exp(s_ij) / sum_{k != self} exp(s_ik) with s_ij = scale * anchors_i . contrasts_j.
+def log_softmax(
+    anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None, weight: Tensor | None = None
+) -> Tensor:
+    """Logarithm of exp(s_ij) / sum_{k != self} c_k exp(s_ik) with s_ij = scale * anchors_i . contrasts_j.
 
     Args:
         anchors: (A, D).
         contrasts: (M, D).
         scale: 0-dim, one over the temperature.
         self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
+        weight: c, (M,); None: one for all.
 
     Returns:
-        (A, M); meaningless, but finite, in the self terms.
+        (A, M); meaningless, but finite, in the self terms and where the weight is zero.
     """
-    return logits(anchors, contrasts, scale, [] if self_offset is None else [self_offset]).log_softmax(1)
-
-
-def row_lse(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
-    """Logarithm of sum_k exp(s_ik), (A,), in the terms of `log_softmax`, without k = i + d for each d of `left_out`."""
+    left_out = [] if self_offset is None else [self_offset]
     s = logits(anchors, contrasts, scale, left_out)
+    if weight is None:
+        return s.log_softmax(1)
+    lse = _row_lse(_weighted(s, weight))
+    # Zero if no contrast is there, so that all that is multiplied by a mass of zero is a number.
+    return s - torch.where(lse > 0.5 * torch.finfo(lse.dtype).min, lse, lse.detach() * 0)[:, None]
+
+
+def row_lse(
+    anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int], weight: Tensor | None = None
+) -> Tensor:
+    """Logarithm of sum_k c_k exp(s_ik), (A,), as in `log_softmax`, without k = i + d for each d of `left_out`."""
+    s = logits(anchors, contrasts, scale, left_out)
+    return _row_lse(s if weight is None else _weighted(s, weight))
+
+
+def _weighted(s: Tensor, weight: Tensor) -> Tensor:
+    """Logits plus log c; the lowest number, as in `logits`, instead of -inf."""
+    return (s + weight.log()).clamp(min=torch.finfo(s.dtype).min)
+
+
+def _row_lse(s: Tensor) -> Tensor:
     largest = s.detach().amax(1, keepdim=True)
     # As `torch.logsumexp`, whose derivative takes the exponentials again.
     return (s - largest).exp().sum(1).log() + largest[:, 0]

@@ -46,7 +46,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def row_lse(
-    anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, unit: bool, precision: str
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    precision: str,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Log-sum-exp of each row of logits without the self term; see `genscl_loss._backends.row_lse`.
 
@@ -58,7 +64,8 @@ def row_lse(
         cols = None if contrasts is None else _split_rows(contrasts, precision)
         num_cols = anchors.shape[0] if contrasts is None else contrasts.shape[0]
         others = rows if cols is None else cols
-        lse, sums = _launch_lse(rows, others, anchors.shape[0], num_cols, scale, self_offset, unit)
+        logs = None if weight is None else _log_weights(weight, others)
+        lse, sums = _launch_lse(rows, others, anchors.shape[0], num_cols, logs, scale, self_offset, unit)
     return lse, sums, rows, cols
 
 
@@ -72,21 +79,23 @@ def row_lse_grad(
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    contrasts_need_grad: bool,
+    num_grads: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts, from what `row_lse` returned."""
+    """Gradient of `row_lse` with respect to anchors and, if not 0, so many contrasts, from what `row_lse` returned."""
     n, m = grad.shape[0], num_contrasts
     with _on(grad.device):
         largest = torch.linalg.vector_norm(grad, torch.inf)
         shared = (largest, scale, unit, num_features)
         weights = _launch_weights(grad.contiguous(), sums, rows.shape[1], largest)
+        logs = None if weight is None else _log_weights(weight, rows if cols is None else cols)
         if cols is None:
-            return _launch_grad(rows, rows, n, n, weights, weights, self_offset, *shared), None
-        d_anchors = _launch_grad(rows, cols, n, m, weights, None, self_offset, *shared)
-        if not contrasts_need_grad:
+            return _launch_grad(rows, rows, n, n, weights, weights, logs, logs, self_offset, *shared), None
+        d_anchors = _launch_grad(rows, cols, n, m, weights, None, None, logs, self_offset, *shared)
+        if not num_grads:
             return d_anchors, None
         reverse = None if self_offset is None else -self_offset
-        return d_anchors, _launch_grad(cols, rows, m, n, None, weights, reverse, *shared)
+        return d_anchors, _launch_grad(cols, rows, num_grads, n, None, weights, logs, None, reverse, *shared)
 
 
 def mirrored_grad(
@@ -99,6 +108,7 @@ def mirrored_grad(
     unit: bool,
     num_anchors: int,
     num_features: int,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
     n, m = num_anchors, len(grads)
@@ -108,7 +118,10 @@ def mirrored_grad(
         col_weights = _launch_weights(grads, sums, cols.shape[1], largest)
         row_weights = _launch_weights(grads[own], sums[:, own].contiguous(), rows.shape[1], largest)
         shared = (largest, scale, unit, num_features)
-        return _launch_grad(rows, cols, n, m, row_weights, col_weights, self_offset, *shared)
+        logs = own_logs = None
+        if weight is not None:
+            logs, own_logs = _log_weights(weight, cols), _log_weights(weight[own], rows)
+        return _launch_grad(rows, cols, n, m, row_weights, col_weights, own_logs, logs, self_offset, *shared)
 
 
 def split_shape(num_rows: int, num_features: int, precision: str) -> tuple[int, int, int]:
@@ -130,8 +143,22 @@ def _split_rows(x: Tensor, precision: str) -> Tensor:
     return out
 
 
+def _log_weights(weight: Tensor, rows: Tensor) -> Tensor:
+    """Logarithms of the weights of such rows, padded as they are; minus infinity where there is nothing."""
+    out = weight.new_full((rows.shape[1],), -torch.inf)
+    torch.log2(weight, out=out[: len(weight)])
+    return out
+
+
 def _launch_lse(
-    rows: Tensor, cols: Tensor, n: int, m: int, scale: Tensor, self_offset: int | None, unit: bool
+    rows: Tensor,
+    cols: Tensor,
+    n: int,
+    m: int,
+    logs: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
 ) -> tuple[Tensor, Tensor]:
     terms, _, features = rows.shape
     plan = forward_plan(_chip(rows.device), features, terms)
@@ -139,12 +166,13 @@ def _launch_lse(
     splits, cols_per_split = _share(blocks, m, plan, _MOST_SPLITS, rows.device)
     lse = rows.new_empty(n, dtype=torch.float32)
     parts = lse.new_empty(splits, 2, n)
-    for variant in _variants(scale, unit):
+    for variant in _variants(scale, unit and logs is None):
         _kernels().row_lse[blocks, splits](
-            rows, cols, lse, parts, _argument(scale), n, m, self_offset or 0, cols_per_split,
-            rows.stride(0), cols.stride(0),
+            rows, cols, lse, parts, lse if logs is None else logs, _argument(scale),
+            n, m, self_offset or 0, cols_per_split, rows.stride(0), cols.stride(0),
             plan.block_m, plan.block_n, plan.block_edge, plan.block_k, features, terms,
-            HAS_SELF=self_offset is not None, PARTIAL=splits > 1, **variant, **_options(plan),
+            HAS_SELF=self_offset is not None, PARTIAL=splits > 1, WEIGHTED=logs is not None,
+            **variant, **_options(plan),
         )  # fmt: skip
     if splits == 1:
         return lse, parts[0]
@@ -166,6 +194,8 @@ def _launch_grad(
     m: int,
     row_weights: Tensor | None,
     col_weights: Tensor | None,
+    row_logs: Tensor | None,
+    col_logs: Tensor | None,
     self_offset: int | None,
     largest: Tensor,
     scale: Tensor,
@@ -180,14 +210,18 @@ def _launch_grad(
     splits, cols_per_split = _share(blocks * chunks, m, plan, most, rows.device)
     out = largest.new_empty(splits, n, num_features)
     some_weights = row_weights if col_weights is None else col_weights
-    for variant in _variants(scale, unit):
+    some_logs = row_logs if col_logs is None else col_logs
+    is_weighted = some_logs is not None
+    some_logs = out if some_logs is None else some_logs  # any tensor stands for what is not read
+    for variant in _variants(scale, unit and not is_weighted):
         _kernels().row_lse_grad[blocks, splits, chunks](
-            rows, cols, some_weights if row_weights is None else row_weights, some_weights, out,
+            rows, cols, some_weights if row_weights is None else row_weights, some_weights,
+            some_logs if row_logs is None else row_logs, some_logs, out,
             _argument(scale), largest, n, m, num_features, self_offset or 0, cols_per_split,
             rows.stride(0), cols.stride(0), padded_rows, cols.shape[1],
             plan.block_m, plan.block_n, plan.block_edge, plan.block_k, block_out, features, terms,
             HAS_SELF=self_offset is not None, ROW_TERM=row_weights is not None, COL_TERM=col_weights is not None,
-            **variant, **_options(plan),
+            WEIGHTED=is_weighted, **variant, **_options(plan),
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 

@@ -11,6 +11,9 @@ therefore free of masks; a second loop over narrower tiles, BLOCK_EDGE columns e
 FIXED takes exponentials as they are, which suits rows of unit length unless the temperature is tiny. Otherwise each row
 keeps its running maximum. Where only the device knows the temperature both variants are launched (CHECK), and the one
 that does not apply returns at once.
+
+WEIGHTED adds the logarithm of a column's weight to its logits, minus infinity for columns that are not there; never
+with FIXED, since weights have any size.
 """
 
 import triton
@@ -206,7 +209,10 @@ def _is_contrast(col, own, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, 
 
 
 @triton.jit
-def _add_exp(largest, total, tile, slope, inside, FIXED: tl.constexpr, MASK: tl.constexpr):
+def _add_exp(
+    largest, total, tile, slope, inside, LOG_WEIGHTS, col,
+    BLOCK_N: tl.constexpr, FIXED: tl.constexpr, MASK: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
     """Add the exponentials of a tile to `total`, the sum of each row over 2^largest; largest is zero where FIXED."""
     if FIXED:
         terms = tl.exp2(tile * slope)
@@ -215,6 +221,8 @@ def _add_exp(largest, total, tile, slope, inside, FIXED: tl.constexpr, MASK: tl.
         return largest, total + tl.sum(terms, 1)
     else:
         tile *= slope
+        if WEIGHTED:
+            tile += tl.load(LOG_WEIGHTS + col + tl.arange(0, BLOCK_N))[None, :]
         if MASK:
             tile = tl.where(inside, tile, -float("inf"))
         new = tl.maximum(largest, tl.max(tile, 1))
@@ -228,6 +236,7 @@ def row_lse(
     COLS,
     LSE,
     SUMS,
+    LOG_WEIGHTS,
     SCALE,
     num_rows,
     num_cols,
@@ -246,6 +255,7 @@ def row_lse(
     CHECK: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr,
     PARTIAL: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     """Log-sum-exp of each row, unless PARTIAL, and what it was made of: `largest` and `total` of each split."""
     scale = _number(SCALE, SCALE_ON_DEVICE)
@@ -261,6 +271,7 @@ def row_lse(
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = total + (0.0 if FIXED else -float("inf"))
     full, first_own, num_own = _edges(own, count, BLOCK_M, BLOCK_N, HAS_SELF)
+    LOG_WEIGHTS += start
 
     pointers = _pointers(COLS, start, BLOCK_N, BLOCK_K, WIDTH)
     for t in range(0, full - num_own):
@@ -269,7 +280,7 @@ def row_lse(
         tile, _, _ = _logits(
             rows, rows_low, row_pointers, here, here, row_plane, col_plane, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS
         )
-        largest, total = _add_exp(largest, total, tile, slope, None, FIXED, False)
+        largest, total = _add_exp(largest, total, tile, slope, None, LOG_WEIGHTS, col, BLOCK_N, FIXED, False, WEIGHTED)
 
     pointers = _pointers(COLS, start, BLOCK_EDGE, BLOCK_K, WIDTH)
     for t in range(0, _num_edge_tiles(count, full, num_own, BLOCK_N, BLOCK_EDGE)):
@@ -279,8 +290,12 @@ def row_lse(
             rows, rows_low, row_pointers, here, here, row_plane, col_plane, BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS
         )
         inside = _is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF)
-        largest, total = _add_exp(largest, total, tile, slope, inside, FIXED, True)
+        largest, total = _add_exp(
+            largest, total, tile, slope, inside, LOG_WEIGHTS, col, BLOCK_EDGE, FIXED, True, WEIGHTED
+        )
 
+    if WEIGHTED and not PARTIAL:
+        largest = tl.where(largest == -float("inf"), 0.0, largest)  # of a row that has no contrast
     index = first_row + tl.arange(0, BLOCK_M)
     sums = SUMS + tl.program_id(1).to(tl.int64) * 2 * num_rows + index
     tl.store(sums, largest, mask=index < num_rows)
@@ -331,8 +346,9 @@ def gradient_weights(GRAD, SUMS, LARGEST_GRAD, OUT, num_rows, padded, BLOCK: tl.
 
 @triton.jit
 def _softmax_weights(
-    tile, slope, row_weight, row_largest, COL_WEIGHTS, padded, col,
+    tile, slope, row_weight, row_largest, row_log, COL_WEIGHTS, LOG_WEIGHTS, padded, col,
     BLOCK_N: tl.constexpr, ROW_TERM: tl.constexpr, COL_TERM: tl.constexpr, FIXED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """What each column of the tile counts in the gradient of each row, from the rows' softmax and the columns' own."""
     index = col + tl.arange(0, BLOCK_N)
@@ -348,13 +364,19 @@ def _softmax_weights(
             return terms * col_weight
     else:
         tile *= slope
+        as_anchor = tile
+        as_contrast = tile
+        if WEIGHTED and ROW_TERM:
+            as_anchor += tl.load(LOG_WEIGHTS + index)[None, :]
+        if WEIGHTED and COL_TERM:
+            as_contrast += row_log
         if ROW_TERM and COL_TERM:
             col_largest = tl.load(COL_WEIGHTS + padded + index)[None, :]
-            return row_weight * tl.exp2(tile - row_largest) + col_weight * tl.exp2(tile - col_largest)
+            return row_weight * tl.exp2(as_anchor - row_largest) + col_weight * tl.exp2(as_contrast - col_largest)
         elif ROW_TERM:
-            return row_weight * tl.exp2(tile - row_largest)
+            return row_weight * tl.exp2(as_anchor - row_largest)
         else:
-            return col_weight * tl.exp2(tile - tl.load(COL_WEIGHTS + padded + index)[None, :])
+            return col_weight * tl.exp2(as_contrast - tl.load(COL_WEIGHTS + padded + index)[None, :])
 
 
 @triton.jit
@@ -374,6 +396,8 @@ def row_lse_grad(
     COLS,
     ROW_WEIGHTS,
     COL_WEIGHTS,
+    ROW_LOG_WEIGHTS,
+    LOG_WEIGHTS,
     OUT,
     SCALE,
     LARGEST_GRAD,
@@ -399,6 +423,7 @@ def row_lse_grad(
     FIXED: tl.constexpr,
     CHECK: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     """Gradient with respect to the rows, BLOCK_OUT features of it: scale * sum_j (softmax weights)_ij column_j.
 
@@ -422,7 +447,12 @@ def row_lse_grad(
     else:
         row_weight = None
         row_largest = None
+    if WEIGHTED and COL_TERM:
+        row_log = tl.load(ROW_LOG_WEIGHTS + index)[:, None]
+    else:
+        row_log = None
     COL_WEIGHTS += start
+    LOG_WEIGHTS += start
     total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     full, first_own, num_own = _edges(own, count, BLOCK_M, BLOCK_N, HAS_SELF)
 
@@ -436,8 +466,8 @@ def row_lse_grad(
             BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, TERMS,
         )  # fmt: skip
         weights = _softmax_weights(
-            tile, slope, row_weight, row_largest, COL_WEIGHTS, padded_cols, col,
-            BLOCK_N, ROW_TERM, COL_TERM, FIXED,
+            tile, slope, row_weight, row_largest, row_log, COL_WEIGHTS, LOG_WEIGHTS, padded_cols, col,
+            BLOCK_N, ROW_TERM, COL_TERM, FIXED, WEIGHTED,
         )  # fmt: skip
         total = _add_weighted(total, weights, cols, cols_low, TERMS)
 
@@ -451,8 +481,8 @@ def row_lse_grad(
             BLOCK_M, BLOCK_EDGE, BLOCK_K, WIDTH, TERMS,
         )  # fmt: skip
         weights = _softmax_weights(
-            tile, slope, row_weight, row_largest, COL_WEIGHTS, padded_cols, col,
-            BLOCK_EDGE, ROW_TERM, COL_TERM, FIXED,
+            tile, slope, row_weight, row_largest, row_log, COL_WEIGHTS, LOG_WEIGHTS, padded_cols, col,
+            BLOCK_EDGE, ROW_TERM, COL_TERM, FIXED, WEIGHTED,
         )  # fmt: skip
         weights = tl.where(_is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF), weights, 0.0)
         total = _add_weighted(total, weights, cols, cols_low, TERMS)

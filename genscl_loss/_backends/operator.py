@@ -20,6 +20,7 @@ def row_lse(
     precision: str,
     backend: str,
     partner: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Log-sum-exp over the contrasts of each anchor, without the anchor itself.
 
@@ -33,19 +34,21 @@ def row_lse(
             `torch.set_float32_matmul_precision`. On CPUs always "highest".
         backend: One of `BACKENDS` but "auto".
         partner: Leaves contrast (i + partner) modulo M out as well; not for "triton".
+        weight: (M,), what multiplies exponentials; zero leaves a contrast out. The upstream gradient of an anchor that
+            is such a contrast has to be zero.
 
     Returns:
-        (A,); -inf, or the lowest number, for an anchor that has no contrast.
+        (A,); -inf, or the lowest number, for an anchor that has no contrast; with weights zero, or the lowest number.
     """
     others = anchors if contrasts is None else contrasts
     partners = _partners_of(anchors, contrasts, partner)
     if backend == "dense":
-        lse: Tensor = dense.row_lse(anchors, others, scale, _left_out(self_offset, partners))
+        lse: Tensor = dense.row_lse(anchors, others, scale, _left_out(self_offset, partners), weight)
         # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
         return lse if unit else lse + torch.linalg.vector_norm(others.detach(), torch.inf) * 0
     if backend == "triton" and not unit:
         anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
-    lse = _row_lse(anchors, contrasts, scale, self_offset, partners, unit, precision, backend)[0]
+    lse = _row_lse(anchors, contrasts, scale, weight, self_offset, partners, unit, precision, backend)[0]
     return lse
 
 
@@ -79,6 +82,7 @@ def _lse_kernel(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int | None,
     partners: list[int],
     unit: bool,
@@ -90,10 +94,15 @@ def _lse_kernel(
     Empty where the anchors or the contrasts themselves are wanted.
     """
     if backend == "tiled":
-        lse, sums = tiled.row_lse(anchors, contrasts, scale, _left_out(self_offset, partners))
-        return lse, sums, _no_rows(anchors), _no_rows(anchors)
-    lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision)
-    return lse, sums, rows, _no_rows(anchors) if cols is None else cols
+        lse, sums = tiled.row_lse(anchors, contrasts, scale, _left_out(self_offset, partners), weight)
+        return _finite(lse, weight), sums, _no_rows(anchors), _no_rows(anchors)
+    lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision, weight)
+    return _finite(lse, weight), sums, rows, _no_rows(anchors) if cols is None else cols
+
+
+def _finite(lse: Tensor, weight: Tensor | None) -> Tensor:
+    """Zero where all contrasts of an anchor have a weight of zero: minus infinity times no mass would be NaN."""
+    return lse if weight is None else lse.masked_fill_(lse == -torch.inf, 0)
 
 
 def _no_rows(like: Tensor) -> Tensor:
@@ -104,6 +113,7 @@ def _lse_fake(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int | None,
     partners: list[int],
     unit: bool,
@@ -120,31 +130,31 @@ def _lse_fake(
 
 
 def _lse_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchors, contrasts, scale, ctx.self_offset, ctx.partners, ctx.unit, _, ctx.backend = inputs
+    anchors, contrasts, scale, weight, ctx.self_offset, ctx.partners, ctx.unit, _, ctx.backend = inputs
     _, sums, rows, cols = output
     ctx.mark_non_differentiable(rows, cols)  # not the sums: through them a second derivative finds its refusal
     ctx.set_materialize_grads(False)
     # Split rows take the place of the rows themselves, whose memory is then free before the backward pass.
     kept = (anchors, contrasts) if ctx.backend == "tiled" else (rows, None if contrasts is None else cols)
-    ctx.save_for_backward(sums, *kept, scale, anchors if scale.requires_grad else None)
+    ctx.save_for_backward(sums, *kept, scale, weight, anchors if scale.requires_grad else None)
     ctx.sizes = (anchors.shape[0] if contrasts is None else contrasts.shape[0], anchors.shape[1])
 
 
 def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    sums, rows, cols, scale, anchors = ctx.saved_tensors
+    sums, rows, cols, scale, weight, anchors = ctx.saved_tensors
     _, contrasts_need_grad, scale_needs_grad, *_ = ctx.needs_input_grad
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     d_anchors, d_contrasts = _row_lse_grad(
-        grad, sums, rows, cols, scale, ctx.self_offset, ctx.partners, ctx.unit, *ctx.sizes, contrasts_need_grad,
-        ctx.backend,
+        grad, sums, rows, cols, scale, weight, ctx.self_offset, ctx.partners, ctx.unit, *ctx.sizes,
+        ctx.sizes[0] if contrasts_need_grad else 0, ctx.backend,
     )  # fmt: skip
     d_scale = None
     if scale_needs_grad:
         # lse depends on scale through scale * anchors only. In a self-contrast d_anchors holds both sides: count half.
         d_scale = (anchors * d_anchors).sum() / (scale if cols is not None else 2 * scale)
         d_scale = d_scale.to(scale.dtype)
-    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, None, None, None, None, None
+    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, *[None] * 6
 
 
 def _grad_kernel(
@@ -153,20 +163,21 @@ def _grad_kernel(
     rows: Tensor,
     cols: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int | None,
     partners: list[int],
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    contrasts_need_grad: bool,
+    num_grads: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "tiled":
         left_out = _left_out(self_offset, partners)
-        d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, left_out, contrasts_need_grad)
+        d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, left_out, num_grads, weight)
     else:
         d_anchors, d_contrasts = fused.row_lse_grad(
-            grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, contrasts_need_grad
+            grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, num_grads, weight
         )
     return d_anchors, grad.new_empty(0) if d_contrasts is None else d_contrasts
 
@@ -177,15 +188,16 @@ def _grad_fake(
     rows: Tensor,
     cols: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int | None,
     partners: list[int],
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    contrasts_need_grad: bool,
+    num_grads: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (num_contrasts, num_features) if cols is not None and contrasts_need_grad else (0,)
+    shape = (num_grads, num_features) if cols is not None and num_grads else (0,)
     return grad.new_empty(grad.shape[0], num_features), grad.new_empty(shape)
 
 
@@ -203,8 +215,8 @@ def no_second_derivative(backend: str) -> str:
 
 _row_lse = define_operator(
     "row_lse",
-    "(Tensor anchors, Tensor? contrasts, Tensor scale, SymInt? self_offset, SymInt[] partners, bool unit,"
-    " str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor? weight, SymInt? self_offset, SymInt[] partners,"
+    " bool unit, str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_lse_kernel,
     fake=_lse_fake,
     setup_context=_lse_setup_context,
@@ -212,8 +224,9 @@ _row_lse = define_operator(
 )
 _row_lse_grad = define_operator(
     "row_lse_grad",
-    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, SymInt? self_offset, SymInt[] partners,"
-    " bool unit, SymInt num_contrasts, SymInt num_features, bool contrasts_need_grad, str backend) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, Tensor? weight, SymInt? self_offset,"
+    " SymInt[] partners, bool unit, SymInt num_contrasts, SymInt num_features, SymInt num_grads, str backend)"
+    " -> (Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,
     setup_context=_grad_setup_context,
@@ -234,6 +247,7 @@ def mirrored_row_lse(
     unit: bool,
     precision: str,
     backend: str,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`row_lse` of some rows among all rows, others of which have owners that call this too.
 
@@ -249,11 +263,12 @@ def mirrored_row_lse(
         unit: As in `row_lse`.
         precision: As in `row_lse`.
         backend: "tiled" or "triton".
+        weight: (M,), as there.
 
     Returns:
         (A,). Its gradient is that of the sum over all owners.
     """
-    lse: Tensor = _MirroredLse.apply(rows, every, scale, self_offset, share, unit, precision, backend)  # type: ignore[no-untyped-call]
+    lse: Tensor = _MirroredLse.apply(rows, every, scale, weight, self_offset, share, unit, precision, backend)  # type: ignore[no-untyped-call]
     return lse
 
 
@@ -264,6 +279,7 @@ class _MirroredLse(torch.autograd.Function):
         rows: Tensor,
         every: Tensor,
         scale: Tensor,
+        weight: Tensor | None,
         self_offset: int,
         share: Callable[[Tensor], Tensor],
         unit: bool,
@@ -275,9 +291,9 @@ class _MirroredLse(torch.autograd.Function):
             ctx.factor = _power_of_two(every)
             given = (rows * ctx.factor, every * ctx.factor, scale.to(rows.device) / ctx.factor / ctx.factor)
         with without_autocast(rows.device):
-            lse, sums, left, right = _lse_kernel(*given, self_offset, [], unit, precision, backend)
+            lse, sums, left, right = _lse_kernel(*given, weight, self_offset, [], unit, precision, backend)
         kept = given[:2] if backend == "tiled" else (left, right)
-        ctx.save_for_backward(lse, sums, *kept, given[2], scale, rows if ctx.needs_input_grad[2] else None)
+        ctx.save_for_backward(lse, sums, *kept, given[2], weight, scale, rows if ctx.needs_input_grad[2] else None)
         ctx.options = (self_offset, share, unit, backend, rows.shape)
         return lse
 
@@ -289,7 +305,7 @@ class _MirroredLse(torch.autograd.Function):
         message = no_second_derivative(ctx.options[3])
         d_rows = only_once(d_rows, message, lse)
         d_scale = None if d_scale is None else only_once(d_scale, message, lse)
-        return d_rows, None, d_scale, None, None, None, None, None
+        return d_rows, None, d_scale, *[None] * 6
 
     @staticmethod
     def _gradients(
@@ -299,6 +315,7 @@ class _MirroredLse(torch.autograd.Function):
         left: Tensor,
         right: Tensor,
         inner_scale: Tensor,
+        weight: Tensor | None,
         scale: Tensor,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -308,11 +325,11 @@ class _MirroredLse(torch.autograd.Function):
             given = (left, right, inner_scale, self_offset)
             if backend == "tiled":
                 factors, shifts = share(torch.stack([tiled.over_sums(grad, sums), sums[0]], 1)).unbind(1)
-                d_rows = tiled.mirrored_grad(factors, shifts, *given)
+                d_rows = tiled.mirrored_grad(factors, shifts, *given, weight)
             else:
                 grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
                 all_sums = torch.stack(all_sums)
-                d_rows = fused.mirrored_grad(grads.contiguous(), all_sums, *given, unit, num_rows, num_features)
+                d_rows = fused.mirrored_grad(grads.contiguous(), all_sums, *given, unit, num_rows, num_features, weight)
         if ctx.factor is not None:
             d_rows = d_rows * ctx.factor
         # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
@@ -326,6 +343,7 @@ def pairs(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int | None,
     partner: int | None,
     unit: bool,
@@ -336,12 +354,12 @@ def pairs(
     if backend == "triton" and not unit:
         anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
     partners = _partners_of(anchors, contrasts, partner)
-    return _lse_kernel(anchors, contrasts, scale, self_offset, partners, unit, precision, backend)
+    return _lse_kernel(anchors, contrasts, scale, weight, self_offset, partners, unit, precision, backend)
 
 
 def fake_pairs(anchors: Tensor, contrasts: Tensor | None, precision: str, backend: str) -> tuple[Tensor, ...]:
     """Empty tensors of the shapes that `pairs` returns."""
-    return _lse_fake(anchors, contrasts, anchors, None, [], True, precision, backend)
+    return _lse_fake(anchors, contrasts, anchors, None, None, [], True, precision, backend)
 
 
 def pairs_grad(
@@ -350,16 +368,17 @@ def pairs_grad(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int | None,
     partner: int | None,
     unit: bool,
     backend: str,
-    contrasts_need_grad: bool,
+    num_grads: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of anchors and contrasts, from what `pairs` returned behind its result."""
+    """Gradients of anchors and, if it is not 0, of so many contrasts, from what `pairs` returned behind its result."""
     sums, rows, cols = kept
     m, d = anchors.shape if contrasts is None else contrasts.shape
-    need = contrasts_need_grad and contrasts is not None
+    num_grads = 0 if contrasts is None else num_grads
     partners, factor = _partners_of(anchors, contrasts, partner), None
     if backend == "tiled":
         rows, right = anchors, contrasts
@@ -367,8 +386,8 @@ def pairs_grad(
         right = None if contrasts is None else cols
         if not unit:
             factor, (_, _, scale) = _power_of_two(anchors), _entries_up_to_one(anchors, contrasts, scale)
-    found = _grad_kernel(grad, sums, rows, right, scale, self_offset, partners, unit, m, d, need, backend)
-    d_anchors, d_contrasts = found[0], found[1] if need else None
+    found = _grad_kernel(grad, sums, rows, right, scale, weight, self_offset, partners, unit, m, d, num_grads, backend)
+    d_anchors, d_contrasts = found[0], found[1] if num_grads else None
     if factor is not None:
         d_anchors.mul_(factor)
         if contrasts is not None and d_contrasts is not None:

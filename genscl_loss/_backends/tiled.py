@@ -14,6 +14,10 @@ Between the passes a row keeps its shift and its sum t, not the logarithm: that 
 softmax of a trained model, where one probability is all but one, has no digits to spare for that. Both passes take the
 same products in the same tiles, so that what rounding did to a logit is the same in a term and in the sum.
 
+With weights c_j each exponential is multiplied by that of its column, or, where shifts differ, raised by its logarithm:
+the forward pass sums 2^{s_ij} c_j, and the gradient's weights are (g_i / t_i) c_j + (g_j / t_j) c_i. Rows of weight
+zero are not there; their upstream gradient is zero.
+
 Where all logits provably fit (Cauchy-Schwarz, see `_shift`) one constant shift serves all rows, and the two
 exponentials of the gradient become one. Elsewhere the shift of a row is its maximum, which is found as it goes, and no
 tile is used twice.
@@ -34,7 +38,13 @@ TILE = 512  # edge of a tile: 1 MiB in float32, which two cores hold in their le
 _EXPONENT_RANGE = {torch.float32: (60.0, -102.0), torch.float64: (480.0, -960.0)}
 
 
-def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, left_out: Sequence[int]) -> tuple[Tensor, Tensor]:
+def row_lse(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor,
+    left_out: Sequence[int],
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each row of logits without some diagonals; see `genscl_loss._backends.row_lse`.
 
     Returns:
@@ -44,16 +54,16 @@ def row_lse(anchors: Tensor, contrasts: Tensor | None, scale: Tensor, left_out: 
     others = anchors if contrasts is None else contrasts
     sums = scaled.new_zeros(2, scaled.shape[0])
     shifts, totals = sums
-    shift = _shift(scaled, others)
+    shift = _shift(scaled, others, weight)
     if shift is None:
-        _add_online(shifts.fill_(-torch.inf), totals, scaled, others, left_out)
+        _add_online(shifts.fill_(-torch.inf), totals, scaled, others, left_out, weight)
     else:
         shifts.fill_(shift)
         for rows, cols, tile in _tiles(scaled, others, left_out, half=contrasts is None):
             terms = _exp2(tile, shift)
-            totals[rows] += terms.sum(1)
+            totals[rows] += terms.sum(1) if weight is None else terms.mv(weight[cols])
             if contrasts is None and rows != cols:
-                totals[cols] += terms.sum(0)
+                totals[cols] += terms.sum(0) if weight is None else terms.T.mv(weight[rows])
     # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
     totals.add_(torch.linalg.vector_norm(others, torch.inf) * 0)
     return totals.log2().add_(shifts).mul_(math.log(2)), sums
@@ -66,30 +76,41 @@ def row_lse_grad(
     contrasts: Tensor | None,
     scale: Tensor,
     left_out: Sequence[int],
-    contrasts_need_grad: bool,
+    num_grads: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of `row_lse` with respect to anchors and, if wanted, contrasts."""
+    """Gradient of `row_lse` with respect to anchors and, if not 0, so many contrasts, the first ones."""
     scaled = anchors * (scale * math.log2(math.e))
     others = anchors if contrasts is None else contrasts
-    shift = _shift(scaled, others)
-    weighted = over_sums(grad, sums)
+    shift = _shift(scaled, others, weight)
+    factors = over_sums(grad, sums)
     if contrasts is None and shift is not None:
-        return _symmetric_grad(weighted, anchors, scaled, left_out, shift).mul_(scale), None
+        return _symmetric_grad(factors, anchors, scaled, left_out, shift, weight).mul_(scale), None
+    in_tiles, weight = (weight, None) if shift is None else (None, weight)
+    weighted = others if weight is None else others * weight[:, None]
     d_anchors = torch.zeros_like(anchors)
-    d_contrasts = d_anchors if contrasts is None else torch.zeros_like(contrasts) if contrasts_need_grad else None
-    for rows, cols, tile in _tiles(scaled, others, left_out):
-        weights = tile.sub_(sums[0, rows, None]).exp2_().mul_(weighted[rows, None])
-        add_product(d_anchors[rows], weights, others[cols])
-        if d_contrasts is not None:
-            d_contrasts[cols].addmm_(weights.T, anchors[rows])
+    d_contrasts = d_anchors if contrasts is None else torch.zeros_like(contrasts[:num_grads]) if num_grads else None
+    for rows, cols, tile in _tiles(scaled, others, left_out, weight=in_tiles):
+        weights = tile.sub_(sums[0, rows, None]).exp2_().mul_(factors[rows, None])
+        add_product(d_anchors[rows], weights, weighted[cols])
+        if d_contrasts is not None and len(some := d_contrasts[cols]):
+            some.addmm_(weights[:, : len(some)].T, anchors[rows])
     d_anchors.mul_(scale)
     if contrasts is None or d_contrasts is None:
         return d_anchors, None
+    if weight is not None:
+        d_contrasts.mul_(weight[:num_grads, None])
     return d_anchors, d_contrasts.mul_(scale)
 
 
 def mirrored_grad(
-    factors: Tensor, shifts: Tensor, anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int
+    factors: Tensor,
+    shifts: Tensor,
+    anchors: Tensor,
+    contrasts: Tensor,
+    scale: Tensor,
+    self_offset: int,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp.
 
@@ -97,18 +118,27 @@ def mirrored_grad(
     """
     scaled = anchors * (scale * math.log2(math.e))
     own = slice(self_offset, self_offset + anchors.shape[0])
-    shift = _shift(scaled, contrasts)
+    shift, others = _shift(scaled, contrasts, weight), contrasts
+    log_weight = None if weight is None else weight.log2()
+    if weight is not None and shift is not None:
+        factors, others = _over(factors, weight), contrasts * weight[:, None]
     if shift is not None:  # that of all rows, which owners may not have had
         factors = factors * (shift - shifts).exp2()
     dz = torch.zeros_like(anchors)
     for rows, cols, tile in _tiles(scaled, contrasts, [self_offset]):
         left, right = factors[own][rows, None], factors[cols]
         if shift is None:
-            weights = (tile - shifts[cols]).exp2_().mul_(right)
+            mirrored = tile - shifts[cols]
+            if log_weight is not None:
+                mirrored += log_weight[own][rows, None]
+                tile += log_weight[cols]
+            weights = mirrored.exp2_().mul_(right)
             weights += tile.sub_(shifts[own][rows, None]).exp2_().mul_(left)
         else:
             weights = _exp2(tile, shift).mul_(left + right)
-        add_product(dz[rows], weights, contrasts[cols])
+        add_product(dz[rows], weights, others[cols])
+    if weight is not None and shift is not None:
+        dz.mul_(weight[own, None])
     return dz.mul_(scale)
 
 
@@ -117,19 +147,35 @@ def over_sums(grad: Tensor, sums: Tensor) -> Tensor:
     return grad / sums[1].masked_fill(sums[1] == 0, torch.inf)
 
 
-def _symmetric_grad(factors: Tensor, z: Tensor, scaled: Tensor, left_out: Sequence[int], shift: float) -> Tensor:
-    dz = torch.zeros_like(z)
+def _over(factors: Tensor, weight: Tensor) -> Tensor:
+    """Factors over weights: what is symmetric, f_i c_j + f_j c_i, is then c_i (f_i / c_i + f_j / c_j) c_j."""
+    return factors / weight.masked_fill(weight == 0, torch.inf)  # the gradient of such a row is zero: it is not there
+
+
+def _symmetric_grad(
+    factors: Tensor, z: Tensor, scaled: Tensor, left_out: Sequence[int], shift: float, weight: Tensor | None
+) -> Tensor:
+    dz, others = torch.zeros_like(z), z
+    if weight is not None:
+        factors, others = _over(factors, weight), z * weight[:, None]
     for rows, cols, tile in _tiles(scaled, z, left_out, half=True):
         weights = _exp2(tile, shift).mul_(factors[rows, None] + factors[cols])
-        add_product(dz[rows], weights, z[cols])
+        add_product(dz[rows], weights, others[cols])
         if rows != cols:
-            dz[cols].addmm_(weights.T, z[rows])
-    return dz
+            dz[cols].addmm_(weights.T, others[rows])
+    return dz if weight is None else dz.mul_(weight[:, None])
 
 
-def _add_online(largest: Tensor, total: Tensor, scaled: Tensor, others: Tensor, left_out: Sequence[int]) -> None:
+def _add_online(
+    largest: Tensor,
+    total: Tensor,
+    scaled: Tensor,
+    others: Tensor,
+    left_out: Sequence[int],
+    weight: Tensor | None,
+) -> None:
     """Sum of each row over 2^largest with a running maximum, for logits of any size."""
-    for rows, _, tile in _tiles(scaled, others, left_out):
+    for rows, _, tile in _tiles(scaled, others, left_out, weight=weight):
         new = torch.maximum(largest[rows], tile.amax(1))
         safe = new.masked_fill(new == -torch.inf, 0)  # only what is left out so far: nothing to shift by
         total[rows] = total[rows] * (largest[rows] - safe).exp2_() + tile.sub_(safe[:, None]).exp2_().sum(1)
@@ -137,7 +183,7 @@ def _add_online(largest: Tensor, total: Tensor, scaled: Tensor, others: Tensor, 
     largest.masked_fill_(largest == -torch.inf, 0)  # of a row without contrasts
 
 
-def _shift(scaled: Tensor, others: Tensor) -> float | None:
+def _shift(scaled: Tensor, others: Tensor, weight: Tensor | None) -> float | None:
     """One shift under which no exponential overflows and no row's largest term underflows; None if there is none.
 
     |s_ij| <= max_i |scaled_i| * max_j |others_j|. The shift is zero as long as it can be: subtracting a large one costs
@@ -146,6 +192,8 @@ def _shift(scaled: Tensor, others: Tensor) -> float | None:
     if scaled.device.type != "cpu":
         return None
     bound = _largest_norm(scaled) * _largest_norm(others)
+    if weight is not None:  # twice: the gradient divides by weights, and multiplies by them
+        bound += 2 * float(weight.masked_fill(weight == 0, 1).log2().abs().max())
     largest, smallest = _EXPONENT_RANGE[scaled.dtype]
     shift = max(0.0, bound - largest)
     return shift if -bound - shift >= smallest else None
@@ -160,13 +208,20 @@ def _exp2(tile: Tensor, shift: float) -> Tensor:
 
 
 def _tiles(
-    scaled: Tensor, others: Tensor, left_out: Sequence[int], *, half: bool = False
+    scaled: Tensor,
+    others: Tensor,
+    left_out: Sequence[int],
+    *,
+    half: bool = False,
+    weight: Tensor | None = None,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows, cols, logits of that tile); a tile may overwrite the one before it.
 
     Entries (i, i + d) are -inf for each d of `left_out`. With `half`, only the tiles on and above the main diagonal.
+    With a `weight` of each column, its logarithm is added.
     """
     n, m = scaled.shape[0], others.shape[0]
+    log_weight = None if weight is None else weight.log2()
     edge = TILE if scaled.device.type == "cpu" else 8 * TILE  # elsewhere launches cost more than caches give
     buffer = scaled.new_empty(min(edge, n) * min(edge, m))
     for i in range(0, n, edge):
@@ -175,6 +230,8 @@ def _tiles(
             cols = slice(j, min(j + edge, m))
             shape = (rows.stop - i, cols.stop - j)
             tile = product(scaled[rows], others[cols].T, buffer[: shape[0] * shape[1]].view(shape))
+            if log_weight is not None:
+                tile += log_weight[cols]
             for offset in left_out:  # one diagonal of the tile, or none of it
                 if -shape[0] < (diagonal := i + offset - j) < shape[1]:
                     tile.diagonal(diagonal).fill_(-torch.inf)

@@ -86,7 +86,8 @@ def align_grad(
         given: As in `align`.
         wanted: Which of the four; contrasts of None have none, and their part is in that of the anchors.
         all_u: u of the contrasts, (M,), where these are anchors of others: the gradient of a row is then that of both.
-        onto: Gradients of anchors and contrasts from elsewhere, which these are added to, in place.
+        onto: Gradients of anchors and contrasts from elsewhere, which these are added to, in place. Of contrasts they
+            may be those of the first ones, which are then all that there are.
     """
     z, others = given.rows
     num_columns = z.shape[1]
@@ -102,10 +103,20 @@ def align_grad(
     if wanted[1] and given.contrasts is not None:
         weights, dtype = _weights(given, num_columns)
         weighted = matrix(z, dtype, u[:, None])
-        results[1] = _put_together(weights.transposed.of(weighted), others, onto[1])
+        results[1] = _put_together(_first(weights.transposed, onto[1]).of(weighted), others, onto[1])
     if wanted[2] or wanted[3]:
         results[2:] = _label_grads(u, v, given, wanted[2:])
     return results
+
+
+def _first(weights: Weights, sums: Tensor | None) -> Weights:
+    """The weights of as many rows as sums are wanted for."""
+    if sums is None:
+        return weights
+    left, count = weights.left, len(sums)
+    if isinstance(left, Classes):
+        return replace(weights, left=replace(left, numbers=left.numbers[:count]))
+    return replace(weights, left=replace(left, rows=count))
 
 
 def _label_grads(

@@ -16,6 +16,11 @@ class ClassLabels(NamedTuple):
     anchors: Tensor
     contrasts: Tensor
     are_numbers: bool = False  # integers in [0, A + M), not just anything that can be compared
+    there: Tensor | None = None  # (M,), bool: contrasts that are positives of no one where it is False; None: all are
+
+    def numbered(self) -> "ClassLabels":
+        """The same in numbers, which tell what is not there."""
+        return ClassLabels(*class_numbers(self), are_numbers=True)
 
 
 class VectorLabels(NamedTuple):
@@ -47,7 +52,8 @@ def has_gradient(labels: Labels) -> bool:
 def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtype) -> Tensor:
     """w, (A, M), with zeros in the self terms."""
     if isinstance(labels, ClassLabels):
-        weights = (labels.anchors[:, None] == labels.contrasts).to(dtype)
+        equal = labels.anchors[:, None] == labels.contrasts
+        weights = (equal if labels.there is None else equal & labels.there).to(dtype)
     elif isinstance(labels, VectorLabels):
         left = unit_rows(labels.anchors)
         right = left if labels.contrasts is labels.anchors else unit_rows(labels.contrasts)
@@ -64,19 +70,27 @@ def class_numbers(labels: ClassLabels) -> tuple[Tensor, Tensor]:
 
     By sorting the anchors' alone, for contrasts may be many more. `torch.unique` would make the host wait for a device.
     """
-    a, b, are_numbers = labels
+    a, b, are_numbers, there = labels
     if are_numbers:
-        return a, b
+        return _without(a, b, None if there is None else pad(a, (1, 0)).amax() + 1, there)
     left = _searchable(a)
     values = left.sort().values
     # How many classes come before each place, and before the end.
     number = pad((values[1:] != values[:-1]).long(), (1, 1), value=1).cumsum(0) - 1
     if b is a:
         same = number[torch.searchsorted(values, left)]
-        return same, same
+        return _without(same, same, number[-1], there)
     right = _searchable(b)
     first, last = torch.searchsorted(values, right), torch.searchsorted(values, right, right=True)
-    return number[torch.searchsorted(values, left)], torch.where(first == last, number[-1], number[first])
+    right = torch.where(first == last, number[-1], number[first])
+    return _without(number[torch.searchsorted(values, left)], right, number[-1], there)
+
+
+def _without(a: Tensor, b: Tensor, nobody: Tensor | None, there: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Class numbers, but that of nobody for contrasts that are not there."""
+    if there is None or nobody is None:
+        return a, b
+    return a, torch.where(there, b, nobody)
 
 
 def _searchable(classes: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def labelled(
 ) -> Labelled:
     """Rows with labels as the pure functions want them."""
     a, b = labels if isinstance(labels, VectorLabels) else class_numbers(labels)
-    return Labelled(anchors, contrasts, a, None if contrasts is None else b, self_offset)
+    if contrasts is None:  # those of contrasts say which are not there
+        return Labelled(anchors, None, b, None, self_offset)
+    return Labelled(anchors, contrasts, a, b, self_offset)
 
 
 def _kernel(
