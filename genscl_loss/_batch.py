@@ -279,6 +279,7 @@ class _There(NamedTuple):
     anchors: Tensor  # (A,), bool
     contrasts: Tensor  # (M,), bool
     weight: Tensor  # (M,), zero for those that are not there
+    are_self_contrast: bool  # whether anchors and contrasts are the same rows
 
     @staticmethod
     def of(
@@ -294,7 +295,7 @@ class _There(NamedTuple):
         if ignore_index is not None:
             numbers = _check_ignore_index(ignore_index, labels)
             anchors, weight = (_without(x, y != ignore_index) for x, y in ((anchors, numbers[0]), (weight, numbers[1])))
-        return _There(anchors > 0, weight > 0, weight)
+        return _There(anchors > 0, weight > 0, weight, views.are_self_contrast)
 
     def labels(self, labels: Labels) -> Labels:
         """The same, but rows that are not there are nobody's positives."""
@@ -303,8 +304,8 @@ class _There(NamedTuple):
         if isinstance(labels, Similarity):
             return Similarity(torch.where(self.contrasts, labels.weights, 0))
         left = _without(labels.anchors, self.anchors)
-        is_self = labels.contrasts is labels.anchors
-        return VectorLabels(left, left if is_self else _without(labels.contrasts, self.contrasts))
+        # Of two views of the same samples one may be there and the other not, though their labels are one tensor.
+        return VectorLabels(left, left if self.are_self_contrast else _without(labels.contrasts, self.contrasts))
 
 
 def _without(rows: Any, there: Tensor) -> Any:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from oracle import oracle_loss
-from strategies import run_loss, to_numpy
+from strategies import rounding_of_half, run_loss, to_numpy
 from test_contrast_sets import KINDS, MODES, D, M, N, V, hard, labels_of, rows, soft
 from test_memory import peak_bytes
 from torch import Tensor
@@ -24,15 +24,25 @@ def weights(*shape: int, seed: int = 0, zeros: bool = True) -> Tensor:
     return x * (torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.7) if zeros else x
 
 
+def close(backend: str, ours, theirs, atol: float = 1e-10, rtol: float = 0.0) -> None:
+    """Compare in float64; "triton" computes in float32."""
+    if not isinstance(ours, Tensor):
+        for a, b in zip(ours, theirs, strict=True):
+            close(backend, a, b, atol, rtol)
+        return
+    atol = max(atol, 1e-4) if backend == "triton" else atol
+    torch.testing.assert_close(ours.double(), torch.as_tensor(theirs, dtype=torch.float64), rtol=rtol, atol=atol)
+
+
 def check(backend: str, features, **options) -> Tensor:
     """The loss, after comparing it with the oracle and its gradients with the reference."""
     wanted = oracle_loss(to_numpy(features), **to_numpy(options))
     loss = run_loss(features, **options, backend=backend)
-    torch.testing.assert_close(loss, torch.as_tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-10)
+    close(backend, loss, wanted)
     leaves = [x for x in (features, options.get("contrast_features")) if isinstance(x, Tensor) and x.requires_grad]
     ours = torch.autograd.grad(loss.sum(), leaves)
     theirs = torch.autograd.grad(reference_loss(features, **options).sum(), leaves)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    close(backend, ours, theirs, 1e-9)
     return loss
 
 
@@ -66,20 +76,20 @@ def test_weights_of_any_size(backend, size, temperature):
     """One factor for all adds its logarithm, however large it is, also beside ones."""
     features, labels = rows(N, V, D).requires_grad_(), hard(N)
     weight = weights(N, zeros=False)
-    options = {"temperature": temperature, "base_temperature": None, "backend": backend}
-    one = gen_supcon_loss(features, labels, contrast_weight=weight, **options)
-    large = gen_supcon_loss(features, labels, contrast_weight=weight * size, **options)
-    torch.testing.assert_close(large - one, torch.tensor(size, dtype=torch.float64).log(), rtol=1e-9, atol=1e-7)
-    torch.testing.assert_close(
-        torch.autograd.grad(large, features), torch.autograd.grad(one, features), rtol=1e-7, atol=1e-7
-    )
+    options, exact = {"temperature": temperature, "base_temperature": None, "backend": backend}, backend != "triton"
+    one = run_loss(features, labels, contrast_weight=weight, **options)
+    large = run_loss(features, labels, contrast_weight=weight * size, **options)
+    # But for the 1e-8 beside the positive mass, which is at least one.
+    close(backend, large - one, torch.tensor(size, dtype=torch.float64).log(), 1e-7, 1e-8 if exact else 1e-5)
+    ours, theirs = torch.autograd.grad(large, features), torch.autograd.grad(one, features)
+    close(backend, ours, theirs, 1e-7, 1e-7 if exact else 1e-3)
     weight = torch.where(torch.arange(N) < 3, weight, weight * size)
-    loss = gen_supcon_loss(features.detach(), labels, contrast_weight=weight, **options)
+    loss = run_loss(features.detach(), labels, contrast_weight=weight, **options)
     wanted = oracle_loss(
         to_numpy(features), to_numpy(labels), contrast_weight=to_numpy(weight),
         temperature=temperature, base_temperature=None,
     )  # fmt: skip
-    torch.testing.assert_close(loss.item(), float(wanted), rtol=1e-9, atol=1e-7)
+    close(backend, loss, wanted, 1e-7, 1e-9 if exact else 1e-5)
 
 
 def test_weights_of_one_change_nothing(backend):
@@ -92,9 +102,9 @@ def test_weights_of_one_change_nothing(backend):
 def test_weights_in_single_precision(backend, dtype):
     features, weight = rows(300, D).to(dtype), weights(300)
     loss = gen_supcon_loss(features, hard(300), contrast_weight=weight, backend=backend)
-    exact = gen_supcon_loss(features.double(), hard(300), contrast_weight=weight, backend=backend)
+    exact = gen_supcon_loss(features.double(), hard(300), contrast_weight=weight, backend="dense")
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5 + rounding_of_half(backend, dtype, 0.07))
 
 
 # ---- Rows that are not there ----
@@ -102,7 +112,7 @@ def test_weights_in_single_precision(backend, dtype):
 
 def filtered(features: Tensor, keep: Tensor, labels, **options) -> Tensor:
     """The loss of the rows that are left, with the gradient of the others zero."""
-    return gen_supcon_loss(features[keep], labels[keep], **options)
+    return run_loss(features[keep], labels[keep], **options)
 
 
 @pytest.mark.parametrize("held", [0.0, 1.0, NAN, float("inf"), 1e30])
@@ -115,11 +125,11 @@ def test_padding_is_as_good_as_nothing(backend, mode, kind, held):
     features.requires_grad_()
     labels = hard(N + 5) if kind == "hard" else soft(N + 5)
     options = {"contrast_mode": mode, "backend": backend}
-    padded = gen_supcon_loss(features, labels, contrast_weight=there, **options)
+    padded = run_loss(features, labels, contrast_weight=there, **options)
     alone = filtered(features, there, labels, **options)
-    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-10)
+    close(backend, padded, alone)
     ours, theirs = (torch.autograd.grad(loss, features)[0] for loss in (padded, alone))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    close(backend, ours, theirs)
     assert not ours[N:].any()
 
 
@@ -133,17 +143,17 @@ def test_an_ignored_class_is_as_good_as_nothing(backend, views, reduction, empty
     there = labels != 1
     options = {"reduction": reduction, "empty_anchors": empty_anchors, "backend": backend}
     options |= {"teacher_labels": soft(12), "sample_weight": weights(12)}
-    loss = gen_supcon_loss(features, labels, ignore_index=1, **options)
+    loss = run_loss(features, labels, ignore_index=1, **options)
     kept = {name: x[there] if isinstance(x, Tensor) else x for name, x in options.items()}
     alone = filtered(features, there, labels, **kept)
     if reduction == "none":
         of_rows = loss.view(views, 12)
         assert not of_rows[:, ~there].any()
-        torch.testing.assert_close(of_rows[:, there].flatten(), alone, rtol=0, atol=1e-10)
+        close(backend, of_rows[:, there].flatten(), alone)
     else:
-        torch.testing.assert_close(loss, alone, rtol=0, atol=1e-10)
+        close(backend, loss, alone)
     ours, theirs = (torch.autograd.grad(x.sum(), features)[0] for x in (loss, alone))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    close(backend, ours, theirs)
     assert not ours[~there].any()
 
 
@@ -152,19 +162,19 @@ def test_ignored_rows_of_a_set(backend, beside):
     features, memory = rows(N, D).requires_grad_(), rows(M, D, seed=1).requires_grad_()
     y, of_memory = hard(N), hard(M, seed=1)
     options = {"include_batch": beside, "backend": backend}
-    loss = gen_supcon_loss(features, y, contrast_features=memory, contrast_labels=of_memory, ignore_index=2, **options)
+    loss = run_loss(features, y, contrast_features=memory, contrast_labels=of_memory, ignore_index=2, **options)
     a, b = y != 2, of_memory != 2
-    alone = gen_supcon_loss(features[a], y[a], contrast_features=memory[b], contrast_labels=of_memory[b], **options)
-    torch.testing.assert_close(loss, alone, rtol=0, atol=1e-10)
+    alone = run_loss(features[a], y[a], contrast_features=memory[b], contrast_labels=of_memory[b], **options)
+    close(backend, loss, alone)
     for ours, theirs in zip(*(torch.autograd.grad(x, [features, memory]) for x in (loss, alone)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+        close(backend, ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.float32, torch.float64])
 def test_an_ignored_class_of_any_dtype(backend, dtype):
     labels = torch.tensor([0, 100, 1, 0, 100, 1]).to(dtype)
-    loss = gen_supcon_loss(rows(N, D), labels, ignore_index=100, backend=backend)
-    torch.testing.assert_close(loss, filtered(rows(N, D), labels != 100, labels, backend=backend))
+    loss = run_loss(rows(N, D), labels, ignore_index=100, backend=backend)
+    close(backend, loss, filtered(rows(N, D), labels != 100, labels, backend=backend))
 
 
 @pytest.mark.parametrize("left", [0, 1])
@@ -178,7 +188,7 @@ def test_hardly_anything_is_left(backend, left, kind, memory):
     if memory:
         options |= {"contrast_features": rows(2, D), "contrast_labels": labels[:2], "include_batch": True}
         options["contrast_weight"] = torch.cat([options["contrast_weight"], torch.zeros(2)])
-    loss = gen_supcon_loss(features, labels, **options)
+    loss = run_loss(features, labels, **options)
     assert loss == 0
     assert not torch.autograd.grad(loss, features)[0].any()
 
@@ -188,8 +198,8 @@ def test_pixels(backend):
     maps, classes = rows(2, D, 3, 4), hard(2, 3, 4)
     classes[0, 1] = 255
     z, y = maps.permute(0, 2, 3, 1).reshape(-1, D), classes.reshape(-1)
-    loss = gen_supcon_loss(z, y, ignore_index=255, backend=backend)
-    torch.testing.assert_close(loss, gen_supcon_loss(z[y != 255], y[y != 255], backend=backend), rtol=0, atol=1e-10)
+    loss = run_loss(z, y, ignore_index=255, backend=backend)
+    close(backend, loss, run_loss(z[y != 255], y[y != 255], backend=backend))
 
 
 def test_validating_does_not_look_at_padding():
@@ -239,9 +249,9 @@ def test_a_temperature_that_has_a_gradient(backend):
 def test_compiled_with_padding_to_one_shape(dynamic):
     """One graph for batches of any size, without a host read: padded, they are all as large."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.utils.counters.clear()
 
-    @torch.compile(fullgraph=True, dynamic=dynamic, backend=counter)
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
     def step(z: Tensor, y: Tensor, there: Tensor) -> Tensor:
         return gen_supcon_loss(z, y, contrast_weight=there, backend="tiled")
 
@@ -254,7 +264,7 @@ def test_compiled_with_padding_to_one_shape(dynamic):
         torch.testing.assert_close(loss, exact, rtol=0, atol=1e-10)
         grad = torch.autograd.grad(loss, padded)[0]
         torch.testing.assert_close(grad[:n], torch.autograd.grad(exact, z)[0], rtol=0, atol=1e-10)
-    assert counter.frame_count == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ---- What they are for ----
@@ -276,8 +286,8 @@ def balanced(z: Tensor, y: Tensor, temperature: float) -> Tensor:
 def test_the_balanced_contrastive_loss(backend):
     z, y = rows(20, D), torch.tensor([0] * 12 + [1] * 5 + [2] * 2 + [3])
     sizes = torch.zeros(4, dtype=torch.float64).index_add_(0, y, torch.ones(20, dtype=torch.float64))
-    loss = gen_supcon_loss(z, y, contrast_weight=1 / sizes[y], temperature=0.2, base_temperature=None, backend=backend)
-    torch.testing.assert_close(loss, balanced(z, y, 0.2), rtol=1e-8, atol=0)
+    loss = run_loss(z, y, contrast_weight=1 / sizes[y], temperature=0.2, base_temperature=None, backend=backend)
+    close(backend, loss, balanced(z, y, 0.2), 1e-8)
 
 
 def test_the_log_q_correction(backend):
@@ -288,7 +298,7 @@ def test_the_log_q_correction(backend):
     q /= q.sum()
     logits = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(items).T / 0.5
     drawn = torch.multinomial(q, 40_000, replacement=True, generator=generator)
-    loss = gen_supcon_loss(
+    loss = run_loss(
         query,
         contrast_features=torch.cat([items[:1], items[drawn]]),
         contrast_weight=torch.cat([torch.zeros(1, dtype=q.dtype).fill_(1e-9), 1 / (len(drawn) * q[drawn])]),
@@ -296,7 +306,7 @@ def test_the_log_q_correction(backend):
         base_temperature=None,
         backend=backend,
     )
-    torch.testing.assert_close(loss, logits.logsumexp(1)[0] - logits[0, 0], rtol=0.01, atol=0)
+    close(backend, loss, logits.logsumexp(1)[0] - logits[0, 0], 0, 0.01)
 
 
 # ---- Bad input ----
