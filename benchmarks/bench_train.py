@@ -142,7 +142,7 @@ def throughput(settings: list[str]) -> dict[str, Any]:
 
     def step() -> None:
         rows = torch.randint(len(images.train[1]), (size,)).to(world.device)
-        update(objective(rows))
+        update(objective(rows)[0])
 
     def bare() -> None:
         with trainer.autocast(options, world):

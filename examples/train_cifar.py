@@ -40,6 +40,7 @@ from genscl_loss import (
     FeatureQueue,
     GenSupConLoss,
     collapsed_loss,
+    contrastive_accuracy,
     cutmix,
     mixup,
     mixup_cutmix,
@@ -174,10 +175,11 @@ def start(options: argparse.Namespace, images: Images, world: World) -> Run:
 # ------------------------------------------------------------------ training
 def make_objective(
     run: Run, images: Images, teacher: nn.Module | None, options: argparse.Namespace, world: World
-) -> tuple[Callable[[Tensor], Tensor], float | None]:
+) -> tuple[Callable[[Tensor], tuple[Tensor, list[Tensor], list[Tensor]]], float | None]:
     """The loss of two random views of some training images, as a function of their row numbers.
 
-    With it comes its value if the model has collapsed and all embeddings are equal, None for cross-entropy.
+    It comes with the outputs and the labels of both views, and the function with its value if the model has collapsed
+    and all embeddings are equal, None for cross-entropy.
     """
     x, y = images.train
     augment, mix = make_augmentation(options.augment, x.shape[-1]), MIXES[options.mix]
@@ -215,7 +217,7 @@ def make_objective(
         queue.enqueue(torch.cat(views), torch.cat(labels))
         return loss / 2
 
-    def objective(rows: Tensor) -> Tensor:
+    def objective(rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         views, labels = [augment(x[rows].float() / 255) for _ in range(2)], [y[rows]] * 2
         if mix is not None:  # every view has its own partners and its own lambda, and so its own soft labels
             mixed = [mix(view, y[rows], num_classes, options.mix_alpha) for view in views]
@@ -232,9 +234,12 @@ def make_objective(
         if alone:
             labels, opinions = opinions.chunk(2), None
         if options.method != "ce":
-            return contrastive(outputs.chunk(2), labels, None if opinions is None else opinions.chunk(2))
-        loss = F.cross_entropy(outputs.float(), torch.cat(labels))
-        return loss if opinions is None else loss + weight * F.cross_entropy(outputs.float(), opinions)
+            loss = contrastive(outputs.chunk(2), labels, None if opinions is None else opinions.chunk(2))
+        else:
+            loss = F.cross_entropy(outputs.float(), torch.cat(labels))
+            if opinions is not None:
+                loss = loss + weight * F.cross_entropy(outputs.float(), opinions)
+        return loss, list(outputs.detach().chunk(2)), list(labels)
 
     return objective, None if options.method == "ce" else collapsed
 
@@ -267,7 +272,7 @@ def train(run: Run, images: Images, teacher: nn.Module | None, options: argparse
             step = epoch * per_epoch + number
             # Everything random in a step comes from its number: a resumed run draws what it would have drawn.
             torch.manual_seed((options.seed * 1_000_003 + step) * world.size + world.rank)
-            loss = objective(order[number * size : (number + 1) * size][world.rank :: world.size])
+            loss, views, labels = objective(order[number * size : (number + 1) * size][world.rank :: world.size])
             run.optimizer.param_groups[0]["lr"] = learning_rate(options, step, steps, warmup)
             run.optimizer.zero_grad()
             run.scaler.scale(loss).backward()
@@ -276,8 +281,10 @@ def train(run: Run, images: Images, teacher: nn.Module | None, options: argparse
             losses[number] = loss.detach()
             if number % 20 == 19 or number + 1 == per_epoch:  # to read losses is to wait for the device
                 check_finite(losses[: number + 1], epoch, run)
-                bar.set_postfix_str(f"loss {losses[checked : number + 1].mean():.3f}{comparison}", refresh=False)
-                checked = number + 1
+                text, checked = f"loss {losses[checked : number + 1].mean():.3f}{comparison}", number + 1
+                if collapsed is not None:  # mixed labels resemble all others a little: positives are those by half
+                    text += f", nearest is positive {contrastive_accuracy(views, labels, min_similarity=0.5):.0%}"
+                bar.set_postfix_str(text, refresh=False)
             bar.update(2 * size)
         bar.close()
         seconds = time.perf_counter() - began

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from genscl_loss._batch import make_batch
-from genscl_loss._checks import check_number
+from genscl_loss._batch import Batch, make_batch
+from genscl_loss._checks import check_bool, check_index, check_number
 from genscl_loss._choices import ContrastMode
 from genscl_loss._library import without_autocast
 from genscl_loss._positives import ClassLabels, Labels, Similarity
@@ -28,6 +28,9 @@ def contrastive_accuracy(
     contrast_mode: ContrastMode = "all",
     contrast_features: Tensor | None = None,
     contrast_labels: Tensor | None = None,
+    include_batch: bool = False,
+    contrast_weight: Tensor | None = None,
+    ignore_index: int | None = None,
     normalize: bool = True,
     min_similarity: float = 0.0,
 ) -> Tensor:
@@ -52,6 +55,10 @@ def contrastive_accuracy(
         contrast_mode: "all", "one" or "first".
         contrast_features: (M, D).
         contrast_labels: (M,) or (M, C).
+        include_batch: Whether the batch is contrasted with, too.
+        contrast_weight: A row of weight zero is not there, neither as anchor nor as contrast; other weights do not
+            matter here.
+        ignore_index: A class whose rows are not there.
         normalize: Compare by cosine; otherwise by inner product.
         min_similarity: w_min in [0, 1]: what the similarity of labels has to exceed. Mixed and smoothed labels, and a
             teacher's, are similar to all others a little: 0.5 is a sensible limit for those. With class numbers every
@@ -81,16 +88,21 @@ def contrastive_accuracy(
         contrast_mode=contrast_mode,
         contrast_features=contrast_features,
         contrast_labels=contrast_labels,
+        include_batch=check_bool("include_batch", include_batch),
         teacher_labels=None,
         contrast_teacher_labels=None,
         sample_weight=None,
-        normalize=normalize,
+        contrast_weight=contrast_weight,
+        ignore_index=check_index("ignore_index", ignore_index),
+        normalize=check_bool("normalize", normalize),
     )
     z, others = unit_pair(batch.anchors, batch.contrasts, batch.normalize)
     others = z if others is None else others
     with without_autocast(z.device):
-        nearest = _nearest(z, others, batch.self_offset, _pairs(batch.labels, limit))
+        nearest = _nearest(z, others, batch, _pairs(batch.labels, limit))
     has_positives = nearest[0] != -math.inf
+    if batch.sample_weight is not None:  # zero of anchors that are not there, one of the others
+        has_positives &= batch.sample_weight > 0
     right = (nearest[0] > nearest[1]) & has_positives
     share = right.sum().to(z.dtype) / has_positives.sum()
     return share + (z * 0).sum() + (others * 0).sum()  # NaN if an entry is not finite, which comparisons would hide
@@ -108,9 +120,11 @@ def _pairs(labels: Labels, limit: float) -> Pairs:
     return lambda rows, cols: left[rows] @ right[cols].T > limit
 
 
-def _nearest(z: Tensor, others: Tensor, self_offset: int | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def _nearest(z: Tensor, others: Tensor, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Similarity of each anchor to its nearest positive and to its nearest other contrast; -inf if there is none."""
     nearest = z.new_full((2, len(z)), -math.inf)
+    self_offset, weight = batch.self_offset, batch.contrast_weight
+    absent = None if weight is None else weight == 0
     for rows in _slices(len(z)):
         for cols in _slices(len(others)):
             similarity = z[rows] @ others[cols].T
@@ -118,6 +132,8 @@ def _nearest(z: Tensor, others: Tensor, self_offset: int | None, pairs: Pairs) -
                 diagonal = rows.start + self_offset - cols.start
                 if -similarity.shape[0] < diagonal < similarity.shape[1]:
                     similarity.diagonal(diagonal).fill_(-math.inf)
+            if absent is not None:
+                similarity.masked_fill_(absent[cols], -math.inf)
             positive = pairs(rows, cols)
             for best, hidden in zip(nearest[:, rows], (~positive, positive), strict=True):
                 torch.maximum(best, similarity.masked_fill(hidden, -math.inf).amax(1), out=best)

@@ -26,6 +26,7 @@ def expected(
     contrast_mode: str = "all",
     contrast_features: Any = None,
     contrast_labels: Any = None,
+    include_batch: bool = False,
     normalize: bool = True,
     min_similarity: float = 0.0,
 ) -> float:
@@ -40,13 +41,16 @@ def expected(
     kinds = {
         (v, i): y for v, view in enumerate(oracle.label_rows(numpy(labels), n, len(views))) for i, y in enumerate(view)
     }
+    anchors, contrasts = oracle.oracle_layout(n, len(views), contrast_mode, set_size, include_batch)
     if set_size is not None:
-        of_set = range(set_size) if contrast_labels is None else numpy(contrast_labels)
+        if contrast_labels is None:
+            of_set = oracle.numbers_of_samples(n, set_size, anchors, contrasts)
+        else:
+            of_set = numpy(contrast_labels)
         for j in range(set_size):
             rows[-1, j], kinds[-1, j] = numpy(contrast_features)[j], of_set[j]
     if normalize:
         rows = {place: oracle.unit(row) for place, row in rows.items()}
-    anchors, contrasts = oracle.oracle_layout(n, len(views), contrast_mode, set_size)
     right = total = 0
     for i, anchor in enumerate(anchors):
         found: dict[bool, list[float]] = {True: [], False: []}
@@ -127,6 +131,41 @@ def test_contrast_sets(kind, mode):
     own, others = (classes(N), classes(M, 4)) if kind == "classes" else (soft(N), soft(M, seed=6))
     options = {"contrast_features": random(M, D, seed=7), "contrast_labels": others, "contrast_mode": mode}
     assert 0 <= check(FORMS["views"], labels=own, min_similarity=0.5, **options) <= 1
+
+
+@pytest.mark.parametrize("mode", ["all", "first", "one"])
+@pytest.mark.parametrize("kind", ["none", "classes", "vectors"])
+def test_the_batch_and_a_memory(kind, mode):
+    options: dict[str, Any] = {"contrast_features": random(M, D, seed=7), "contrast_mode": mode, "include_batch": True}
+    if kind == "classes":
+        options |= {"labels": classes(N), "contrast_labels": classes(M, 4)}
+    if kind == "vectors":
+        options |= {"labels": soft(N), "contrast_labels": soft(M, seed=6), "min_similarity": 0.5}
+    views = [random(N, D), random(N, D) + 0.5 * random(N, D, seed=9)]
+    assert 0 < check(views, **options) < 1
+
+
+def test_keys_and_then_negatives():
+    keys = random(N, D) + 0.5 * random(N, D, seed=9)
+    found = check(random(N, D), contrast_features=torch.cat([keys, random(M, D, seed=7)]))
+    assert 0 < found < check(random(N, D), contrast_features=keys)
+
+
+@pytest.mark.parametrize("held", [0.5, math.nan])
+@pytest.mark.parametrize("mode", ["all", "first", "one"])
+@pytest.mark.parametrize("kind", ["classes", "vectors", "none"])
+def test_rows_that_are_not_there(kind, mode, held):
+    there = torch.arange(N) % 4 != 1
+    features = torch.where(there[:, None, None], FORMS["views"], held)
+    labels, limit = {"classes": (classes(N), 0.0), "vectors": (soft(N), 0.5), "none": (None, 0.0)}[kind]
+    options = {"contrast_mode": mode, "min_similarity": limit}
+    weight = there * torch.rand(N).add(0.1)
+    found = contrastive_accuracy(features, labels, contrast_weight=weight, **options)
+    wanted = expected(features[there], None if labels is None else labels[there], **options)
+    assert found.item() == pytest.approx(wanted, rel=1e-12)
+    if kind == "classes":
+        found = contrastive_accuracy(features, torch.where(there, labels, -100), ignore_index=-100, **options)
+        assert found.item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_labels_of_their_own_for_views():
