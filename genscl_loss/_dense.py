@@ -41,6 +41,7 @@ def log_likelihoods(
     self_offset: int | None,
     normalize: bool,
     partner: int | None = None,
+    num_live: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """sum_j w_ij log p_ij and W_i of each anchor, for each matrix of weights; as often differentiable as wanted.
 
@@ -53,18 +54,21 @@ def log_likelihoods(
         self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
         normalize: Whether rows are to be scaled to unit length.
         partner: Contrast (i + partner) modulo M is all that anchor i has, with weight one, and there are no weights.
+        num_live: Contrasts that can have a gradient, the first ones; None: all.
     """
     if partner is not None:
         if _needs_plain_operations(()):
             likelihood = equation_of_pairs(anchors, contrasts, scale, self_offset, partner, normalize)
         else:
-            likelihood = _Equation.apply(anchors, contrasts, scale, None, self_offset, normalize, partner)[0]  # type: ignore[no-untyped-call]
+            likelihood = _Equation.apply(  # type: ignore[no-untyped-call]
+                anchors, contrasts, scale, None, self_offset, normalize, partner, num_live
+            )[0]
         return [(likelihood, torch.ones_like(likelihood).detach())]
     if _needs_plain_operations(weights):
         return list(zip(*equation(anchors, contrasts, scale, weight, weights, self_offset, normalize), strict=True))
     masses = [w.sum(1) for w in weights]
     found = _Equation.apply(  # type: ignore[no-untyped-call]
-        anchors, contrasts, scale, weight, self_offset, normalize, None, *weights, *masses
+        anchors, contrasts, scale, weight, self_offset, normalize, None, num_live, *weights, *masses
     )
     return list(zip(found, masses, strict=True))
 
@@ -123,6 +127,7 @@ class _Equation(torch.autograd.Function):
         self_offset: int | None,
         normalize: bool,
         partner: int | None,
+        num_live: int | None,
         *weights_and_masses: Tensor,
     ) -> tuple[Tensor, ...]:
         weights = weights_and_masses[: len(weights_and_masses) // 2]
@@ -141,13 +146,14 @@ class _Equation(torch.autograd.Function):
         of_pairs = None if partner is None else likelihoods[0]
         ctx.save_for_backward(*rows, scale, weight, kept, of_pairs, factor, other_factor, *weights_and_masses)
         ctx.options = self_offset, normalize, partner
+        ctx.num_live = num_live
         return likelihoods
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         anchors, contrasts, z, others, scale, weight, kept, of_pairs, factor, other_factor, *rest = ctx.saved_tensors
         weights, masses, wanted = rest[: len(rest) // 2], rest[len(rest) // 2 :], ctx.needs_input_grad[:3]
-        none = [None] * (4 + len(rest))
+        none = [None] * (5 + len(rest))
         with without_autocast(anchors.device):
             if torch.is_grad_enabled() or any(map(is_batched, grads)):
                 return *_again(ctx, (anchors, contrasts, scale), weight, weights, grads), *none
@@ -167,11 +173,15 @@ class _Equation(torch.autograd.Function):
                 d_z.addmm_(d_logits.T, z).mul_(scale)
             else:
                 d_z.mul_(scale)
-                d_others = (d_logits.T @ z).mul_(scale) if wanted[1] else None
+                if wanted[1]:
+                    d_others = torch.empty_like(others) if ctx.num_live is None else torch.zeros_like(others)
+                    live = slice(ctx.num_live)
+                    torch.mm(d_logits[:, live].T, z, out=d_others[live])
+                    d_others[live].mul_(scale)
             if factor is not None:
                 unit_rows_grad(d_z, anchors, factor)
                 if d_others is not None:
-                    unit_rows_grad(d_others, contrasts, other_factor)
+                    unit_rows_grad(d_others[live], contrasts[live], other_factor[live])
         return d_z if wanted[0] else None, d_others, d_scale, *none
 
 

@@ -340,7 +340,15 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         if batch.partner is None:
             weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]
         return dense.log_likelihoods(
-            anchors, contrasts, scale, batch.contrast_weight, weights, self_offset, batch.normalize, batch.partner
+            anchors,
+            contrasts,
+            scale,
+            batch.contrast_weight,
+            weights,
+            self_offset,
+            batch.normalize,
+            batch.partner,
+            batch.num_live,
         )
     precision = _precision(batch)
     constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]

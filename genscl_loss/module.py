@@ -92,7 +92,7 @@ class GenSupConLoss(nn.Module):
         self.backend: Backend = "auto"
         self.log_temperature: nn.Parameter | None = None
         self._temperature = _fixed(temperature)
-        self.include_batch = False
+        self.include_batch: bool = False
         self.ignore_index: int | None = None
         # Any wrong option shows now, not in the first step of training: the function is the judge. By name, since a
         # subclass may have a `forward` of its own.

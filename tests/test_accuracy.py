@@ -152,10 +152,11 @@ def test_what_keeps_a_loss_from_being_negative_leaves_its_gradient_alone():
     from genscl_loss.functional import _loss_of
 
     likelihood = torch.tensor([-2.0, -0.0, 0.0, 1e-6, math.nan, -math.inf], requires_grad=True)
-    loss = _loss_of(likelihood)
+    loss = _loss_of(likelihood, True)
     assert [str(value) for value in loss.tolist()] == ["2.0", "0.0", "0.0", "0.0", "nan", "inf"]
     (gradient,) = torch.autograd.grad(loss.sum(), likelihood)
     assert (gradient == -1).all()
+    assert (_loss_of(likelihood, False) < 0).any()  # weights in its denominator: no probability
 
 
 def test_where_the_loss_would_be_negative_the_gradient_is_that_of_the_formula():

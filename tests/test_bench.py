@@ -33,6 +33,7 @@ LAST = {
     "accuracy",
     "bench_cached",
     "bench_grid",
+    "bench_sets",
     "bench_train",
     "compare_training",
 }  # imports the trainer too, or only `report`

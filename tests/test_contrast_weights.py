@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,3 +394,13 @@ def test_memory_grows_linearly(case):
         return peak_bytes(features, labels, **options)
 
     assert (peak(many) - peak(few)) / (many - few) <= 16 * 4 * width * (2 if "memory" in case else 1)
+
+
+def test_the_benchmark_runs():
+    script = Path(__file__).parents[1] / "benchmarks" / "bench_sets.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    for name in ("include_batch", "contrast_weight", "ignore_index"):
+        assert re.search(rf"^{name} +\d.* ms, .* of the first \(.*\), \d+\.\d MB$", done.stdout, re.MULTILINE)

@@ -122,7 +122,9 @@ def errors(sizes: tuple[int, ...], names: list[str], backend: str, dtype: torch.
         ours = compute(case, shares[rank], dist.group.WORLD)
         exact = compute(CASES[name], {key: x.double() if x.is_floating_point() else x for key, x in whole.items()})
         found[name] = max(
-            float((ours[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)) for key, value in exact.items()
+            # A loss of nothing but a pair is zero, up to rounding.
+            float((ours[key] - value).abs().max() / value.abs().max().clamp(min=1e-3))
+            for key, value in exact.items()
         )
     return found
 

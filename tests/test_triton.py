@@ -832,18 +832,21 @@ def test_the_operators_are_registered_correctly(a, m, self_offset, precision):
     operators = torch.ops.genscl_loss
     for scale in (torch.tensor(5.0), torch.tensor(5.0).to(DEVICE).requires_grad_()):
         leaves = [x if x is None else x.clone().requires_grad_() for x in (anchors, contrasts)]
-        opcheck(operators.row_lse.default, (*leaves, scale, self_offset, [], True, precision, "triton"))
+        opcheck(operators.row_lse.default, (*leaves, scale, None, self_offset, [], True, precision, "triton"))
     scale = scale.detach()
-    lse, sums, left, right = operators.row_lse(anchors, contrasts, scale, self_offset, [], True, precision, "triton")
+    lse, sums, left, right = operators.row_lse(
+        anchors, contrasts, scale, None, self_offset, [], True, precision, "triton"
+    )
     right = None if m is None else right
     for wanted in (False, True):
-        saved = (torch.ones_like(lse), sums, left, right, scale, self_offset, [], True, a if m is None else m, 20)
+        rows_of = a if m is None else m
+        saved = (torch.ones_like(lse), sums, left, right, scale, None, self_offset, [], True, rows_of, 20)
         opcheck(operators.row_lse_grad.default, (*saved, wanted, "triton"))
 
 
 def test_operators_take_any_strides():
     anchors, contrasts = torch.randn(20, 7, device=DEVICE).T, torch.randn(10, 40, device=DEVICE)[::2, ::2]
-    options = (torch.tensor(2.0), None, [], False, "highest", "triton")
+    options = (torch.tensor(2.0), None, None, [], False, "highest", "triton")
     opcheck(torch.ops.genscl_loss.row_lse.default, (anchors.requires_grad_(), contrasts.requires_grad_(), *options))
 
 
