@@ -248,6 +248,14 @@ def autocast(options: argparse.Namespace, world: World) -> torch.autocast:
     return torch.autocast(world.device.type, AMP[options.amp], enabled=options.amp != "off")
 
 
+def multiplies_bfloat16(device: str | None) -> bool:
+    """Whether the processor has instructions for it: emulated, it is many times slower than float32."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in old versions
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
 def learning_rate(options: argparse.Namespace, step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then half a cosine."""
     if step < warmup:
@@ -456,7 +464,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--warmup-epochs", type=int, help="epochs of linear warm-up (default: a tenth, 10 at most)")
     add("--knn-every", type=int, default=10, help="epochs between kNN evaluations; 0 for the end only")
     add("--save-every", type=int, default=1, help="epochs between checkpoints")
-    add("--amp", choices=AMP, default="bf16", help="type of products in the network; the loss is in float32")
+    text = (
+        "type of products in the network; the loss is in float32 (default: bf16 where the device multiplies it, or off)"
+    )
+    add("--amp", choices=AMP, help=text)
     add("--compile", action="store_true", help="compile the network")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
@@ -466,6 +477,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.smoke:
         options.arch, options.per_class, options.epochs, options.batch_size, options.knn_every = "small", 32, 2, 64, 1
+    if options.amp is None:
+        options.amp = "bf16" if multiplies_bfloat16(options.device) else "off"
+    elif options.amp == "bf16" and not multiplies_bfloat16(options.device):
+        tqdm.write("warning: this processor only emulates bfloat16, which takes many times as long as --amp off")
     if options.lr is None:
         options.lr = options.batch_size / 2048 if options.optimizer == "sgd" else 1e-3
     if options.weight_decay is None:

@@ -25,10 +25,19 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MUTATED = ["functional", "_batch", "_backends/tiled", "_positives/alignment", "_positives/labels", "_positives/sums"]
+MUTATED = [
+    "functional",
+    "_batch",
+    "_dense",
+    "_linear",
+    "_backends/tiled",
+    "_positives/alignment",
+    "_positives/labels",
+    "_positives/sums",
+]
 FILES = [f"genscl_loss/{name}.py" for name in MUTATED]
 NAMES = ["errors", "backends", "positives", "gradients", "loss", "traps", "module", "memory", "parity"]
-NAMES += ["mirrored", "triton", "distributed"]
+NAMES += ["contrast_sets", "contrast_weights", "mirrored", "triton", "distributed", "distributed_sets"]
 # Triton's interpreter is slow, and no mutated file is its own: of its tests only the one of the choice of precision.
 SELECTED = "not triton or different_dtypes"
 STAGES = [["tests/test_fuzz.py"], [*(f"tests/test_{name}.py" for name in NAMES), "-k", SELECTED]]

@@ -872,3 +872,16 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[9] == rates[10] == 2
     assert rates[55] == pytest.approx(1)
     assert 0 < rates[99] < 0.002
+
+
+def test_products_are_of_a_type_that_the_processor_multiplies(monkeypatch, capsys):
+    def amp(*options: str) -> str:
+        return train_cifar.parse_options(["--data", "x", "--device", "cpu", *options]).amp
+
+    for found, expected in ({"avx2": True}, "off"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert amp() == expected
+        assert amp("--amp", "off") == "off"
+        capsys.readouterr()
+        assert amp("--amp", "bf16") == "bf16"
+        assert ("emulates" in capsys.readouterr().out) == (expected == "off")
