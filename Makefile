@@ -2,6 +2,9 @@
 PYTHON ?= python3
 ARGS ?=
 
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' genscl_loss/__init__.py)
+ALIAS ?= latest
+
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -11,10 +14,10 @@ SHARE := --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types coverage docs bench demo build test-wheel test-oldest clean
+.PHONY: help setup test test-all lint types coverage docs docs-release bench demo build test-wheel test-oldest clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "  ARGS=... is passed on to pytest, mkdocs, the benchmark or the demo; PYTHON=... chooses the interpreter of a new .venv."
 
 setup: $(VENV)/.installed-dev $(VENV)/.documenting  ## Create .venv and install the package with all development tools
@@ -41,6 +44,11 @@ coverage: setup  ## Run the tests and list the lines and branches that none of t
 
 docs: $(VENV)/.documenting  ## Build the documentation: site/index.html (without torch)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+# A release of an older series is not the newest: ALIAS=
+docs-release: $(VENV)/.documenting  ## Add the pages of this version to the branch gh-pages (ARGS=--push publishes them)
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mike deploy --update-aliases $(ARGS) $(VERSION) $(ALIAS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" mike set-default --allow-undefined $(ARGS) latest
 
 bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
 	$(BIN)/python benchmarks/bench_loss.py $(ARGS)

@@ -1,10 +1,12 @@
-"""Makes the description on the package index of README.md: its links lead to files that are not there.
+"""Makes the addresses in the metadata (`addresses.py`), and of README.md the description on the package index.
 
-With a `Repository` in `[project.urls]` they lead to the release's files in it. Until there is one, their text stays,
-and what is nothing without them goes: pictures with what is said below them, and the list of pages.
+Its links lead to files that are not there. With a `Repository` in `[project.urls]` they lead to the release's files in
+it. Until there is one, their text stays, and what is nothing without them goes: pictures with what is said below them,
+and the list of pages.
 """
 
 import re
+import runpy
 from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
@@ -35,8 +37,11 @@ class CustomMetadataHook(MetadataHookInterface):
     """Called by hatchling, with the `[project]` table."""
 
     def update(self, metadata: dict) -> None:
-        """Add the readme."""
-        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
-        repository = metadata.get("urls", {}).get("Repository")
-        text = description(text, repository, metadata["version"])
+        """Add the addresses and the readme."""
+        root = Path(self.root)
+        of_project = runpy.run_path(str(root / "addresses.py"))["addresses"]
+        known = of_project((root / "pyproject.toml").read_text(encoding="utf-8"))
+        metadata["urls"] = {**metadata.get("urls", {}), **known}
+        text = (root / "README.md").read_text(encoding="utf-8")
+        text = description(text, known.get("Repository"), metadata["version"])
         metadata["readme"] = {"content-type": "text/markdown", "text": text}

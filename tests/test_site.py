@@ -165,15 +165,12 @@ def test_search_finds(searched, query):
     assert SEARCHES[query] in searched[query][:3]
 
 
-# ---- Where the repository is, and what the site needs ----
+# ---- What the site needs ----
 
 
-def test_pages_can_be_edited_once_the_repository_has_an_address():
+def test_a_page_knows_where_it_is_edited():
     hook = runpy.run_path(str(ROOT / "docs" / "hooks" / "repository.py"))
-    address = hook["address"]('[project.urls]\nPaper = "https://a"\nRepository = "https://host/name"\n')
-    assert address == "https://host/name"
-    assert hook["address"]('# `Repository = "https://..."` belongs here\n') is None
-    docs = ROOT / "docs"
+    docs, address = ROOT / "docs", "https://host/name"
     assert hook["edit_address"](address, docs / "api" / "labels.md") == "https://host/name/edit/main/docs/api/labels.md"
     assert hook["edit_address"](address, ROOT / "CHANGELOG.md") == "https://host/name/edit/main/CHANGELOG.md"
     assert hook["edit_address"](None, docs / "loss.md") is None

@@ -1,11 +1,16 @@
 """Links from the pages to files of the repository outside docs/ lead to copies of these files in the site.
 
-So a link works in the repository as it stands, and in the site wherever that is put. Where the repository itself is,
-for "edit this page", is said by `Repository` in pyproject.toml, once there is one.
+So a link works in the repository as it stands, and in the site wherever that is put. Where the repository and the
+site are, for "edit this page" and the page for missing pages, is said by `addresses.py`, once it is known.
+
+`mike`, which keeps the pages of each release in a folder of its own, says so in the environment: then the pages get a
+list of versions, and name as theirs the address of the newest ones.
 """
 
+import os
 import posixpath
 import re
+import runpy
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -14,19 +19,21 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SHOWN = ("*.md", "LICENSE", "benchmarks/**/*", "examples/*", "genscl_loss/_backends/plans.py")
 SUFFIXES = {"", ".md", ".py", ".json", ".png"}
 REPLACED = {"benchmarks/results/README.md": "benchmarks.md"}  # by pages of the site
+NEWEST = "latest"  # the name under which the newest release has its pages too
 LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
-REPOSITORY = re.compile(r'^Repository = "(.+)"$', re.MULTILINE)
+BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)  # pictures from elsewhere
 
 
 def on_config(config):
     """Called by MkDocs first."""
-    config.repo_url = address((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    of_project = runpy.run_path(str(ROOT / "addresses.py"))["addresses"]
+    known = of_project((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    config.repo_url = known.get("Repository")
+    config.site_url = known.get("Documentation", "")
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike", "default": NEWEST, "alias": True}
+        config.site_url = config.site_url and f"{config.site_url}{NEWEST}/"
     return config
-
-
-def address(project):
-    found = REPOSITORY.search(project)
-    return found and found[1]
 
 
 def edit_address(repository, path):
@@ -61,4 +68,4 @@ def on_page_markdown(markdown, page, config, files):
             return found[0]  # strict mode reports it
         return found[1] + posixpath.relpath(in_site, posixpath.dirname(file.src_uri) or ".") + found[3]
 
-    return LINK.sub(lead, markdown)
+    return LINK.sub(lead, BADGES.sub("", markdown))
