@@ -302,7 +302,7 @@ class _There(NamedTuple):
         if isinstance(labels, ClassLabels):
             return labels._replace(there=self.contrasts)
         if isinstance(labels, Similarity):
-            return Similarity(torch.where(self.contrasts, labels.weights, 0))
+            return Similarity(torch.where(self.anchors[:, None] & self.contrasts, labels.weights, 0))
         left = _without(labels.anchors, self.anchors)
         # Of two views of the same samples one may be there and the other not, though their labels are one tensor.
         return VectorLabels(left, left if self.are_self_contrast else _without(labels.contrasts, self.contrasts))
@@ -574,12 +574,22 @@ def _check_contrast_weight(weight: Tensor, ones: Tensor, views: _Views) -> tuple
     check_tensor(name, weight, views.device)
     is_of_batch, rows = views.contrast_features is None, views.num_contrast_rows
     if tuple(weight.shape) not in (((n,), (n, v)) if is_of_batch else ((rows,),)):
-        expected = f"(N,) or (N, V) with N = {n} and V = {v}" if is_of_batch else f"({rows},), one for each contrast"
+        expected = f"(N,) or (N, V) with N = {n} and V = {v}"
+        if not is_of_batch:
+            order = ", those of the batch first" if views.num_contrast_views else ""
+            expected = f"({rows},), one for each contrast{order}"
         raise ValueError(f"{name} must be {expected}; got shape {tuple(weight.shape)}")
     if weight.requires_grad:
         raise ValueError(f"{name} gets no gradient from the loss, and asks for one: pass {name}.detach()")
     check_values(name, weight)
-    weight = weight.to(views.dtype)
+    given, weight = weight, weight.to(views.dtype)
+    # Rounded to zero they would say that a row is not there.
+    if (
+        weight.dtype != given.dtype
+        and may_look_at(weight)
+        and not torch.equal(weight.isfinite() & (weight > 0), given > 0)
+    ):
+        raise ValueError(f"{name} has entries too small or too large to compute with in {views.dtype}")
     if is_of_batch:
         per_view = [weight] * v if weight.dim() == 1 else weight.unbind(1)
         return views.anchor_rows(per_view), views.contrast_rows(per_view, None)

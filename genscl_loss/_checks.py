@@ -134,7 +134,12 @@ def check_index(name: str, value: object) -> int | None:
     """A class number, or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be an integer, a class number, or None; got {type(value).__name__}")
-    return None if value is None else int(value)
+    if value is None:
+        return None
+    index = int(value)
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"{name} must be in the range of torch.int64; got {value}")
+    return index
 
 
 def check_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:

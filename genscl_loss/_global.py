@@ -76,7 +76,7 @@ def global_log_likelihoods(
     z, others = unit_pair(batch.anchors, batch.contrasts, batch.normalize)
     first = sum(counts[: members.rank])
     offset = None if batch.self_offset is None else first + batch.self_offset
-    if sum(counts) == (offset is not None):
+    if sum(counts) <= (offset is not None):
         return no_log_likelihoods(z, others, scale, len(batch.all_labels))
     is_mirrored = others is None and backend != "dense"
     every = _gather_contrasts(batch, z if others is None else others, counts, members, is_mirrored)

@@ -198,6 +198,17 @@ def test_hardly_anything_is_left(backend, left, kind, memory):
     assert not torch.autograd.grad(loss, features)[0].any()
 
 
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_a_similarity_of_rows_that_are_not_there(backend):
+    """Where values are not looked at, a row of it may be anything, too."""
+    features, there, similarity = rows(N, D), torch.arange(N) < 4, rows(N, N, seed=1).abs()
+    alone = gen_supcon_loss(features[:4], label_similarity=similarity[:4, :4], backend=backend)
+    similarity[4:] = similarity[:, 4:] = NAN
+    compiled = torch.compile(gen_supcon_loss, fullgraph=True, backend="eager")
+    loss = compiled(features, label_similarity=similarity, contrast_weight=there, backend=backend)
+    torch.testing.assert_close(loss, alone)
+
+
 def test_pixels(backend):
     """(B, D, H, W) and classes (B, H, W) with 255 for what has none."""
     maps, classes = rows(2, D, 3, 4), hard(2, 3, 4)
@@ -333,8 +344,10 @@ ONES = torch.ones(N)
         (
             {"contrast_weight": torch.ones(M), **SET, "include_batch": True},
             ValueError,
-            r"^contrast_weight must be \(15,\)",
+            r"^contrast_weight must be \(15,\), one for each contrast, those of the batch first; got",
         ),
+        ({"contrast_weight": 1e50 * ONES.double()}, ValueError, "^contrast_weight has entries .*too large .*float32"),
+        ({"contrast_weight": 1e-50 * ONES.double()}, ValueError, "^contrast_weight has entries too small .*float32"),
         ({"contrast_weight": ONES.to("meta")}, ValueError, "^contrast_weight must be on the device"),
         ({"contrast_weight": ONES.clone().requires_grad_()}, ValueError, r"^contrast_weight gets no gradient.*detach"),
         ({"contrast_weight": [1.0] * N}, TypeError, "^contrast_weight must be a tensor; got list"),
@@ -352,12 +365,17 @@ ONES = torch.ones(N)
         ),
         ({"ignore_index": 1.0}, TypeError, "^ignore_index must be an integer"),
         ({"ignore_index": True}, TypeError, "^ignore_index must be an integer.*bool"),
+        (
+            {"ignore_index": 2**63},
+            ValueError,
+            "^ignore_index must be in the range of torch.int64; got 9223372036854775808",
+        ),
         ({"ignore_index": torch.tensor(1)}, TypeError, "^ignore_index must be an integer.*Tensor"),
     ],
 )
 def test_what_cannot_be_meant(options, error, message):
     with pytest.raises(error, match=message):
-        gen_supcon_loss(rows(N, D), **{"labels": hard(N), **options})
+        gen_supcon_loss(rows(N, D).float(), **{"labels": hard(N), **options})
 
 
 def test_the_module_keeps_ignore_index():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genscl_loss import available_backends, gen_supcon_loss
 
-SIZES = {2: [(4, 4), (1, 5), (0, 6)], 3: [(3, 3, 3), (4, 0, 1)]}
+SIZES = {2: [(4, 4), (1, 5), (0, 6), (0, 0)], 3: [(3, 3, 3), (4, 0, 1)]}
 D, C, V, IGNORED = 5, 4, 2, 1
 NAN = float("nan")
 
@@ -34,6 +34,7 @@ CASES |= {
 CASES |= {f"ignored, {mode}": {"kind": "hard", "mode": mode, "ignored": "some"} for mode in ("all", "first", "one")}
 CASES |= {
     "memory with a gradient": {"kind": "hard", "memory": True, "learned": True},
+    "memory, not normalised": {"kind": "hard", "memory": True, "normalize": False},
     "memory, teacher": {"kind": "hard", "memory": True, "teacher": True},
     "memory, keys": {"kind": "none", "memory": True, "views": 1},
     "keys and a queue": {"kind": "none", "set": True, "views": 1},
@@ -135,12 +136,14 @@ def test_they_are_those_of_one_process(world, sizes, tmp_path: Path):
         assert not {name: error for name, error in found.items() if not error <= 1e-10}
 
 
+@pytest.mark.parametrize("sizes", [(20, 3), (0, 5)])
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
-def test_single_precision(backend, tmp_path: Path):
+def test_single_precision(backend, sizes, tmp_path: Path):
     if backend == "triton" and backend not in available_backends():
         pytest.skip("needs Triton's interpreter")
-    names = ["memory, hard, all", "weights, hard, all", "weights of a memory, soft, first", "ignored, all"]
-    for found in distributed.run(2, errors, tmp_path, (20, 3), names, backend, torch.float32):
+    names = ["memory, hard, all", "memory, not normalised", "weights, hard, all", "weights of a memory, soft, first"]
+    names += ["memory with a gradient", "ignored, all"]
+    for found in distributed.run(2, errors, tmp_path, sizes, names, backend, torch.float32):
         assert not {name: error for name, error in found.items() if not error <= 2e-5}
 
 

@@ -84,6 +84,8 @@ def row_lse_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `row_lse` with respect to anchors and, if not 0, so many contrasts, from what `row_lse` returned."""
     n, m = grad.shape[0], num_contrasts
+    if n == 0:  # the share of a process that has no samples
+        return grad.new_zeros(0, num_features), grad.new_zeros(num_grads, num_features) if num_grads else None
     with _on(grad.device):
         largest = torch.linalg.vector_norm(grad, torch.inf)
         shared = (largest, scale, unit, num_features)
