@@ -138,19 +138,26 @@ def with_plan(line: Line, plan: plans.Plan, chip: int) -> AbstractContextManager
 
 
 def job(line: Line, n: int) -> Callable[[], Tensor]:
-    """One launch of the kernel on n unit rows, by whatever plan holds when it is called."""
+    """One launch of the kernel on n unit rows, by whatever plan holds when it is called; see `value`."""
     kernel, width, terms = line
     generator = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(n, width, generator=generator), dim=1).to(device())
     grad = torch.rand(n, generator=generator).to(z.device)
     _, sums, rows, _ = fused.row_lse(z, None, SCALE, 0, True, "highest" if terms == 2 else "high")
     if kernel == "row_lse":
-        return lambda: fused._launch_lse(rows, rows, n, n, None, SCALE, 0, True)[0]
+        return lambda: fused._launch_lse(rows, rows, n, n, None, SCALE, 0, True)[1]
     largest = grad.max()
     weights = fused._launch_weights(grad, sums, rows.shape[1], largest)
     return lambda: fused._launch_grad(
         rows, rows, n, n, weights, weights, None, None, 0, largest, SCALE, True, width
     )  # fmt: skip
+
+
+def value(line: Line, parts: Tensor) -> Tensor:
+    """What parts of the columns make together: the log-sum-exp, or the gradient."""
+    if line[0] == "row_lse":
+        return ((parts[:, 0] + parts[:, 1].log2()) * math.log(2)).double().logsumexp(0)
+    return parts.double().sum(0)
 
 
 def milliseconds(work: Callable[[], Tensor], spend: float = 0.12) -> float:
@@ -181,7 +188,7 @@ def measure(line: Line, plan: plans.Plan, jobs: dict[int, Callable[[], Tensor]],
         with with_plan(line, plan, chip):
             errors = []
             for n, work in jobs.items():
-                got = work().double()
+                got = value(line, work())
                 wanted = right.setdefault(n, got)
                 errors.append(((got - wanted).norm() / wanted.norm()).item())
                 row["ms"][n] = milliseconds(work)
