@@ -14,7 +14,7 @@ SHARE := --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types coverage docs docs-release bench demo build test-wheel test-oldest clean
+.PHONY: help setup test test-all lint types coverage docs docs-release bench gpu demo build test-wheel test-oldest clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,10 @@ docs-release: $(VENV)/.documenting  ## Add the pages of this version to the bran
 bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
 	$(BIN)/python benchmarks/bench_loss.py $(ARGS)
 
+# With the torch that PYTHON has, which is that of the GPU; nothing is installed.
+gpu:  ## All that needs a GPU, in three parts of ten minutes: ARGS="--part 1"; ARGS=--smoke on a CPU
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
+
 demo: $(VENV)/.installed-examples  ## Train on scikit-learn's digits and plot the result
 	$(BIN)/python examples/digits_demo.py $(ARGS)
 
@@ -88,7 +92,7 @@ test-oldest: $(VENV)/.created  ## Run the tests with the oldest PyTorch that is 
 	build/oldest/.venv/bin/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 clean:  ## Remove .venv, caches and everything built
-	rm -rf $(VENV) build dist site *.egg-info demo-results benchmarks/results/local .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) build dist site *.egg-info demo-results benchmarks/results/local .gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -68,19 +68,20 @@ def cpu_steps() -> list[Step]:
 def gpu_steps() -> list[Step]:
     """What the figures need, the largest first; then the rest of the sweep."""
     ours, operators = ("auto", "triton", "triton_high"), ("lse_triton", "lse_triton_high")
-    attention = ("sdpa", "sdpa_cudnn")
+    attention, peers = ("sdpa", "sdpa_cudnn"), ("infcl", "memeff")
     dense = ("dense", "plain")
+    small = (*ours, "tiled", *dense, "compiled", "lean", "lse_triton", *peers)
     return [
-        Step(LARGE, (*ours, "tiled", "plain", "compiled", "compiled_tf32", *operators, "infcl"), (1, 2, 4, 8), REPEATS),
+        Step(LARGE, (*ours, "tiled", "plain", "compiled", "compiled_tf32", *operators, *peers), (1, 2, 4, 8), REPEATS),
         Step(HARD, (*ours, "tiled", "plain", "pml"), (3,)),
         Step(WIDTHS[128], ("triton", *operators, *attention), (5, 6)),
         Step(WIDTHS[512], ("triton", *operators), (5,)),
         Step(MEMORY, (*ours, "tiled", *operators), (7,)),
         Step(LONGEST, ("triton",), (7,)),
         *(Step(case, ("triton", *operators), (8,)) for case in ACCURACY),
-        *(Step(case, (*ours, "tiled", *dense, "compiled", "lean", "lse_triton"), (8,), REPEATS) for case in SMALL),
+        *(Step(case, small, (8,), REPEATS) for case in SMALL),
         *(Step(Case(n), (*ours, "tiled", *dense)) for n in (64, 2048)),
-        *(Step(Case(n), (*ours, "tiled", *dense, "compiled_tf32")) for n in (4096, 16384)),
+        *(Step(Case(n), (*ours, "tiled", *dense, "compiled_tf32", *peers)) for n in (4096, 16384)),
         *(Step(replace(LARGE, dtype=dtype), ("triton", "plain")) for dtype in ("bfloat16", "float16")),
         *(Step(replace(LARGE, d=d), ("triton_high", *operators)) for d in (64, 256, 1024)),
     ]
@@ -141,7 +142,8 @@ def choose_methods(step: Step, arguments: argparse.Namespace, absent: dict[str, 
     methods = all_methods()
     left_out = {"lean", "compiled", "compiled_tf32"} if arguments.smoke else {"lean"}
     left_out = set() if arguments.methods or step.keys else left_out
-    left_out |= {key for key, package in (("pml", "pytorch-metric-learning"), ("infcl", "inf-cl")) if package in absent}
+    packages = {"pml": "pytorch-metric-learning", "infcl": "inf-cl", "memeff": "memeff"}
+    left_out |= {key for key, package in packages.items() if package in absent}
     keys = arguments.methods or step.keys or methods
     chosen = [methods[key] for key in keys if key in methods and key not in left_out]
     return [method for method in chosen if method.suits(step.case, arguments.device)]

@@ -162,6 +162,15 @@ def run_infcl(problem: Problem) -> Run:
     )
 
 
+def run_memeff(problem: Problem) -> Run:
+    """memeff's CLIP loss of z with itself, the mean of the same over all rows. Its own default scales the gradient."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    leaf = unit_rows(problem).requires_grad_()
+    loss = MemoryEfficientCLIPLoss(problem.case.temperature, normalized_inputs=True, stable=False)
+    return Run(leaf, lambda: loss(leaf, leaf), lambda mean: mean.backward())
+
+
 def infcl_fits(case: Case) -> bool:
     """Its gradient kernel reads out of bounds for other N; for other D it addresses the wrong columns."""
     return case.n % 64 == 0 and case.d in {16, 32, 64, 128, 256}
@@ -260,6 +269,15 @@ def all_methods() -> dict[str, Method]:
             devices=("cuda",),
             fits=infcl_fits,
         ),
+        Method(
+            "memeff",
+            "memeff CLIP (self included, no labels)",
+            "yardstick",
+            run_memeff,
+            quantity="clip",
+            dtypes=("float32",),
+            devices=("cuda",),
+        ),
         *(
             Method(key, title, "yardstick", run_sdpa(backend), quantity=None, devices=("cuda",))
             for key, title, backend in (
@@ -309,7 +327,7 @@ def absent_packages(device: torch.device) -> dict[str, str]:
         "matplotlib": "no plot is drawn",
     }
     if device.type == "cuda":
-        purposes["inf_cl"] = "it is not measured"
+        purposes |= {"inf_cl": "it is not measured", "memeff": "it is not measured"}
     absent = {}
     for name, consequence in purposes.items():
         try:

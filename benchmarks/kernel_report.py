@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_report.py                                    # each line of the tile tables, for each GPU
     python benchmarks/kernel_report.py --arch 90 --widths 128 --all       # all variants of a kernel
+    python benchmarks/kernel_report.py --widths 128 --labels hard soft    # the kernels of the half about labels
     python benchmarks/kernel_report.py --arch 90 --widths 128 --terms 1 --kernel row_lse --plan "128 64 32 128 4 2 3"
 
 The launches are those of `genscl_loss._backends.fused` itself: it runs on tensors without memory, and an object that
@@ -48,10 +49,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from genscl_loss import _linear_fused, _linear_kernels
 from genscl_loss._backends import fused, kernels, plans
+from genscl_loss._positives import fused as label_half
+from genscl_loss._positives import kernels as label_kernels
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 768, 1024)
 KERNELS = ("row_lse", "row_lse_grad", "split_rows", "gradient_weights", "merge_lse")
+LABEL_KERNELS = (
+    "inverse_lengths", "first_of_class", "label_sums", "sums_of_others", "class_sums", "align", "align_classes",
+    "align_grad", "align_classes_grad", "losses", "losses_grad",
+)  # fmt: skip
+MODULES = (kernels, label_kernels, _linear_kernels)
 RANGES = ("fixed", "online", "check", "weighted")  # of exponents: see `fused._variants`
 PROBLEMS = ("self", "ragged", "rectangular", "first")
 
@@ -73,6 +82,8 @@ CHIPS = {
     100: Chip(148, 228, 227, 2048, 8192),  # B200
 }
 TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
+PREFETCHING = (90,)  # whose lines have to
+FAST_FLOAT64 = (80, 90, 100)  # with tensor cores for it
 L2_BYTES = 32  # per cycle and multiprocessor: an assumption
 
 
@@ -92,6 +103,11 @@ class Launch(NamedTuple):
     programs: int  # that should fit at a time; 0 if nothing relies on it
 
 
+def kernel_named(name: str) -> Any:
+    """The kernel, or whatever a module of kernels has by that name."""
+    return next(getattr(module, name) for module in MODULES if hasattr(module, name))
+
+
 class _Recorder:
     """Stands where `fused` expects the module of kernels, and notes each launch."""
 
@@ -100,7 +116,7 @@ class _Recorder:
         self.launches: list[tuple[str, tuple[Any, ...]]] = []
 
     def __getattr__(self, name: str) -> Any:
-        kernel = getattr(kernels, name)
+        kernel = kernel_named(name)
         if not isinstance(kernel, JITFunction):
             return kernel
         binder = create_function_from_signature(kernel.signature, kernel.params, self.backend)
@@ -167,6 +183,56 @@ def record(
         yield Launch(arch, kernel, range, *launch, programs.get(kernel, 0))
 
 
+def record_labels(arch: int, width: int, classes: int, labels: str, problem: str) -> Iterator[Launch]:
+    """Launches of the label half, and of what joins both, in a forward and a backward pass of the whole loss.
+
+    Args:
+        arch: Compute capability.
+        width: Number of features.
+        classes: Number of classes, of soft labels.
+        labels: "hard", class numbers, or "soft", or "both", soft ones and a teacher's.
+        problem: As in `record`.
+    """
+    rows, features = (1001, width - 1) if problem == "ragged" else (1 << 13, width)
+    anchors = torch.empty(rows, features, device="meta")
+    contrasts = torch.empty(rows, features, device="meta") if problem in ("rectangular", "first") else None
+    self_offset = None if problem == "rectangular" else 0
+    recorder = _Recorder(arch)
+    is_hard = labels == "hard"
+
+    def some() -> torch.Tensor:
+        shape = (rows,) if is_hard else (rows, classes)
+        return torch.empty(shape, dtype=torch.int64 if is_hard else torch.float32, device="meta")
+
+    pair = (some(), None if contrasts is None else some())
+    all_labels = [pair] * (2 if labels == "both" else 1)
+    is_fast = arch in FAST_FLOAT64
+    with (
+        mock.patch.multiple(
+            fused,
+            _kernels=lambda: recorder,
+            _chip=lambda device: arch,
+            _multiprocessors=lambda device: CHIPS[arch].multiprocessors,
+        ),
+        mock.patch.multiple(label_half, _kernels=lambda: recorder, has_fast_float64=lambda device: is_fast),
+        mock.patch.object(_linear_fused, "_kernels", lambda: recorder),
+    ):
+        if not _linear_fused.suits(anchors, contrasts, all_labels, self_offset, True):
+            return
+        if is_hard:
+            label_half.class_numbers(*pair)
+        scale = torch.tensor(10.0)
+        loss, *kept = _linear_fused.losses(
+            anchors, contrasts, scale, None, all_labels, self_offset, "highest", is_probability=True
+        )
+        _linear_fused.losses_grad(
+            loss, anchors, contrasts, scale, None, all_labels, kept, self_offset, 0 if contrasts is None else rows, True
+        )
+    for kernel, launch in recorder.launches:
+        if kernel in LABEL_KERNELS:
+            yield Launch(arch, kernel, labels, *launch, 0)
+
+
 # ---- Compiling them ----
 
 
@@ -179,13 +245,15 @@ class Compiled(NamedTuple):
     shared: int
     tensor_memory: int  # columns
     serialized: bool  # whether the assembler gave up running matrix products beside other instructions
+    float64_products: int  # instructions of the tensor cores
+    in_flight: int | None  # copies to shared memory under way while the main loop is at a tile; None: there are none
     is_trap: bool  # whether the assembler made a kernel that writes nothing and only reports an error when it runs
     loop: dict[str, float]  # how often the main loop has each machine instruction, by its name
 
 
 def compile_launch(launch: Launch) -> Compiled:
     """Compile a kernel as Triton does when it is first launched."""
-    kernel = getattr(kernels, launch.kernel)
+    kernel = kernel_named(launch.kernel)
     constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
     source = ASTSource(kernel, launch.signature, constants, launch.attributes)
     # The assembler's remarks are printed when it runs, hence neither a quiet assembler nor a cached result.
@@ -196,7 +264,7 @@ def compile_launch(launch: Launch) -> Compiled:
         made = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
     log = remarks.getvalue()
     lines = _disassemble(made.asm["cubin"])
-    is_trap = not any((_instruction(line) or "").startswith("STG") for line in lines)
+    is_trap = not any((_instruction(line) or "").startswith(("STG", "RED", "ATOM")) for line in lines)
     is_tiled = "BLOCK_EDGE" in launch.constants
     return Compiled(
         registers=_number(r"Used (\d+) registers", log),
@@ -205,9 +273,17 @@ def compile_launch(launch: Launch) -> Compiled:
         shared=made.metadata.shared,
         tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
         serialized="serialized" in log,
+        float64_products=sum((_instruction(line) or "").startswith("DMMA") for line in lines),
+        in_flight=_in_flight(made.asm["ttgir"]),
         is_trap=is_trap,
         loop=_main_loop(lines, launch) if is_tiled and not is_trap else {},
     )
+
+
+def _in_flight(text: str) -> int | None:
+    """Of the first loop that waits for copies: those that it does not wait for, issued one turn or more ahead."""
+    found = re.search(r"ttg\.async_wait %[^{]*\{num = (\d+)", text)
+    return int(found[1]) if found else None
 
 
 def _number(pattern: str, text: str) -> int:
@@ -318,6 +394,10 @@ def faults(launch: Launch, made: Compiled) -> list[str]:
         found.append(f"{made.spilled} bytes spilled, {made.stack} bytes of stack")
     if made.shared > CHIPS[launch.arch].shared_per_program * 1024:
         found.append(f"{made.shared / 1024:.0f} KB of shared memory")
+    if launch.kernel in ("label_sums", "align", "align_grad") and launch.arch in FAST_FLOAT64:
+        found += [] if made.float64_products else ["products of float64 without tensor cores"]
+    if "BLOCK_EDGE" in launch.constants and made.in_flight == 0 and launch.arch in PREFETCHING:
+        found.append("no prefetch: the main loop waits for what it has just asked for")
     if made.serialized:
         found.append("serialized matrix products")
     if (programs := fit(launch, made)) < max(launch.programs, 1):
@@ -389,6 +469,10 @@ def _case(launch: Launch) -> str:
     """What a launch computes, in a few words."""
     c = launch.constants
     words = []
+    if launch.kernel in LABEL_KERNELS:
+        words = [launch.range]
+    if "AS_ANCHOR" in c:
+        words.append({(1, 1): "both", (1, 0): "rows", (0, 1): "cols"}[c["AS_ANCHOR"], c["AS_CONTRAST"]])
     if "FIXED" in c:
         words = [launch.range if launch.range != "check" else "check" + ("+" if c["FIXED"] else "-")]
     if "ROW_TERM" in c:
@@ -408,9 +492,11 @@ def _row(launch: Launch, made: Compiled) -> SimpleNamespace:
     c = launch.constants
     row = SimpleNamespace(arch=launch.arch, kernel=launch.kernel, width=c.get("WIDTH"), terms=c.get("TERMS"))
     row.case = _case(launch)
-    row.tile = [c[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_EDGE", "BLOCK_K") if name in c]
+    row.tile = [c[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_EDGE", "BLOCK_K") if name in c and "BLOCK_EDGE" in c]
     row.warps, row.stages = launch.options.get("num_warps", 4), launch.options.get("num_stages", 3)
     row.registers, row.spilled, row.stack, row.shared = made.registers, made.spilled, made.stack, made.shared
+    row.in_flight = made.in_flight
+    row.float64_products = made.float64_products
     row.serialized, row.is_trap, row.tensor_memory = made.serialized, made.is_trap, made.tensor_memory
     row.fit, row.programs = fit(launch, made), launch.programs
     row.per_pair = per_pair(launch, made) if made.loop else None
@@ -459,17 +545,21 @@ def main() -> int:
     """Print the table; 1 if there is a fault in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=CHIPS, default=list(plans._FORWARD))
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS[:2]))
+    parser.add_argument("--kernel", nargs="+", choices=(*KERNELS, *LABEL_KERNELS), default=list(KERNELS[:2]))
     parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS)
     parser.add_argument("--terms", type=int, nargs="+", choices=(1, 2), default=(1, 2))
     parser.add_argument("--ranges", nargs="+", choices=RANGES, default=["fixed"])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["self"])
+    parser.add_argument("--labels", nargs="+", choices=("hard", "soft", "both"), help="the half about these")
+    parser.add_argument("--classes", type=int, nargs="+", default=[100], help="of soft labels (100)")
     parser.add_argument("--all", action="store_true", help="all ranges and problems")
     parser.add_argument("--plan", help='a line in place of the table\'s: "m n edge k  warps stages programs"')
     parser.add_argument("--json", type=Path, help="save the lines here")
     args = parser.parse_args()
     if args.all:
         args.ranges, args.problems = RANGES, PROBLEMS
+    if args.labels:
+        args.kernel = args.kernel if "--kernel" in sys.argv else LABEL_KERNELS
     plan = args.plan and plans.Plan(*map(int, args.plan.split()))
     launches = [
         launch
@@ -477,6 +567,9 @@ def main() -> int:
         for launch in record(*choice, plan)
         if launch.kernel in args.kernel
     ]
+    if args.labels:
+        cases = itertools.product(args.arch, args.widths, args.classes, args.labels, args.problems)
+        launches = [launch for case in cases for launch in record_labels(*case) if launch.kernel in args.kernel]
     print(f"Triton {triton.__version__}. The last six columns are a model, not a measurement.\n{_HEADER}")
     rows = []
     for row in report(launches):

@@ -15,11 +15,13 @@ import torch
 from cases import Problem, compute_dtype, sampled
 from contenders import Method, Run
 from meters import (
+    FEW_REPLAYS,
     REPLAYS,
     available_bytes,
     capture,
     count_kernels,
     is_repeatable,
+    release,
     run_for_memory,
     time_call,
     time_once,
@@ -28,7 +30,7 @@ from reference import Errors, Reference, errors, float64_reference
 from torch import Tensor
 
 MOST_TURNS = 300
-LAUNCH_BOUND = 1024  # samples; up to here a GPU waits for its host, and kernels and graphs are looked at too
+LAUNCH_BOUND = 1024  # samples; up to here a GPU waits for its host, and graphs take turns as methods do
 
 # Beyond these a result is wrong, not inexact: a bfloat16 gradient is off by 3e-3, a row in TF32 by 1e-2.
 WRONG = Errors(loss=0.01, row=0.1, gradient=0.05)
@@ -84,8 +86,8 @@ def measure_case(
         progress.advance()
     progress.show(f"{problem.case}: timing")
     time_in_turns(runs, problem.device, turns, seconds)
-    if problem.device.type == "cuda" and problem.case.n <= LAUNCH_BOUND:
-        look_at_launches(runs, problem.device, turns, seconds)
+    if problem.device.type == "cuda":
+        look_at_all_launches(runs, problem.case.n, problem.device, turns, seconds)
     for run, _ in runs:
         run.leaf.grad = None
     return results
@@ -176,7 +178,22 @@ def take_turns(readings: list[Callable[[], object]], turns: int | None, seconds:
     return taken
 
 
-def look_at_launches(runs: list[tuple[Run, Result]], device: torch.device, turns: int | None, seconds: float) -> None:
+def look_at_all_launches(
+    runs: list[tuple[Run, Result]], n: int, device: torch.device, turns: int | None, seconds: float
+) -> None:
+    """Small graphs side by side; of large batches one at a time, for each keeps the memory of both passes."""
+    groups = [runs] if n <= LAUNCH_BOUND else [[entry] for entry in runs]
+    for group in groups:
+        replays = REPLAYS if n <= LAUNCH_BOUND else FEW_REPLAYS
+        look_at_launches(group, device, turns, seconds / len(groups), replays)
+        for run, _ in group:
+            run.leaf.grad = None  # it is the graph's
+        release(device)
+
+
+def look_at_launches(
+    runs: list[tuple[Run, Result]], device: torch.device, turns: int | None, seconds: float, times: int = REPLAYS
+) -> None:
     """Count the kernels of both passes, and time them without their launches: replayed as a CUDA graph."""
     replays = []
     for run, result in runs:
@@ -189,7 +206,7 @@ def look_at_launches(runs: list[tuple[Run, Result]], device: torch.device, turns
         except Exception as error:  # of many kinds: whatever a method does that a graph cannot hold
             result.graph_status = f"no CUDA graph ({reason(error)})"
     replays = [(replay, result) for replay, result in replays if result.graph_status == "ok"]
-    readings = [partial(time_call, replay, device, REPLAYS) for replay, _ in replays]
+    readings = [partial(time_call, replay, device, times) for replay, _ in replays]
     for (_, result), taken in zip(replays, take_turns(readings, turns, seconds), strict=True):
         result.graph_ms = quartiles([1e3 * reading for reading in taken])
 

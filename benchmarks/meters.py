@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop otherwise
 
 REPLAYS = 20  # of a CUDA graph for one reading, so that the launch of the first does not count
+FEW_REPLAYS = 3  # of large batches, whose launch takes no part of it
 
 
 # ---- Time ----
@@ -112,6 +113,13 @@ def meminfo(name: str) -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
+
+
+def release(device: torch.device) -> None:
+    """Give back what a graph kept, once nothing refers to it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # ---- Repeatability ----

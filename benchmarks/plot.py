@@ -26,6 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "lean": {"color": "#8e44ad", "linewidth": 2, "marker": "v", "markersize": 5},
     "pml": {"color": "#b7950b", "linewidth": 2, "marker": "D", "markersize": 4},
     "infcl": {"color": "#e84393", "linewidth": 2, "marker": "P", "markersize": 5},
+    "memeff": {"color": "#b03a7a", "linewidth": 2, "marker": "X", "markersize": 5},
     "lse": {"color": "#555555", "linewidth": 1.2, "linestyle": "--"},
     "lse_triton": {"color": "#2a6fb0", "linewidth": 1.2, "linestyle": "--"},
     "lse_triton_high": {"color": "#16a085", "linewidth": 1.2, "linestyle": "--"},

@@ -5,8 +5,9 @@
 - "lse_with_self": per anchor, the log-sum-exp of all its logits minus the self term, likewise. It is what Inf-CL
   computes when z is contrasted with itself. Its gradient error is relative to the gradient of the log-sum-exp: the self
   term, which it subtracts, nearly cancels that, and would make any error look large.
+- "clip": the mean of that, CLIP's loss of z with itself, which is the same in both directions.
 
-The gradient of the last two is that of their mean over the anchors that count.
+The gradient of the last three is that of their mean over the anchors that count.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from cases import Problem, unit_rows
 from torch import Tensor
+
+WITH_SELF = ("lse_with_self", "clip")
 
 
 class Reference(NamedTuple):
@@ -36,7 +39,7 @@ def float64_reference(problem: Problem, quantity: str) -> Reference:
     for rows in problem.anchors.split(max(1, 2**23 // problem.case.n)):
         itself = rows[:, None] == everyone
         s = (leaf[rows] / problem.case.temperature) @ leaf.T
-        value = (s if quantity == "lse_with_self" else s.masked_fill(itself, -torch.inf)).logsumexp(1)
+        value = (s if quantity in WITH_SELF else s.masked_fill(itself, -torch.inf)).logsumexp(1)
         if quantity == "loss":
             w = (y[rows] @ y.T if y.dim() == 2 else (y[rows, None] == y).double()).masked_fill_(itself, 0)
             mass = w.sum(1)
@@ -49,11 +52,11 @@ def float64_reference(problem: Problem, quantity: str) -> Reference:
         z.backward(gradient)
         return Reference(value.mean(), x.grad, x.grad.norm().item(), nonempty / len(problem.anchors))
     norm = gradient.norm().item()
-    if quantity == "lse_with_self":
+    if quantity in WITH_SELF:
         own = leaf.detach()[problem.anchors] / problem.case.temperature
         value = value - (own * leaf.detach()[problem.anchors]).sum(1)
         gradient = gradient.index_add(0, problem.anchors, own, alpha=-2 / len(problem.anchors))
-    return Reference(value, gradient, norm, 1.0)
+    return Reference(value.mean() if quantity == "clip" else value, gradient, norm, 1.0)
 
 
 class Errors(NamedTuple):

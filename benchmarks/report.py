@@ -51,7 +51,7 @@ def cpu_name() -> str:
 
 def describe_versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"genscl-loss": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "pytorch-metric-learning", "inf-cl"):
+    for name in ("torch", "triton", "numpy", "pytorch-metric-learning", "inf-cl", "memeff"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -71,6 +71,7 @@ SCHEMES = {
     **dict.fromkeys(("triton", "triton_high", "lse_triton", "lse_triton_high"), STREAMING),
     **dict.fromkeys(("dense", "plain", "compiled", "compiled_tf32", "lean", "pml"), MATERIALISED),
     "infcl": Scheme(1, 4, 1, 2),
+    "memeff": Scheme(1, 4, 1, 2),
     "sdpa": Scheme(2, 5),
     "sdpa_cudnn": Scheme(2, 5),
     "mm": Scheme(0.5, 1.5, 0, 0),
@@ -134,7 +135,7 @@ def number_format_of(row: dict[str, Any], device: str) -> tuple[str, int]:
         return "float64", 1
     if method in {"sdpa", "sdpa_cudnn"}:
         return "bfloat16", 1
-    if method in {"infcl", "compiled_tf32"}:
+    if method in {"infcl", "memeff", "compiled_tf32"}:
         return "tf32", 1
     if method in {"triton_high", "lse_triton_high"}:
         return "float16", 1

@@ -41,6 +41,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which kernels are launched on this device, not on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def define_operator(
     name: str,
     signature: str,

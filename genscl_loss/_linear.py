@@ -13,6 +13,8 @@ Where an anchor has but one positive, j, the log-sum-exp leaves that out as well
 
 Of all losses this one goes to zero when a model is trained; here neither it nor its gradient is a difference of large
 numbers.
+
+On backend "triton" kernels of both halves share what they can (`_linear_fused.py`), where they take the batch.
 """
 
 from collections.abc import Sequence
@@ -23,10 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from genscl_loss import _linear_fused as in_kernels
 from genscl_loss._backends.operator import fake_pairs, no_second_derivative, pairs, pairs_grad
 from genscl_loss._library import define_operator, only_once
-from genscl_loss._positives import ClassLabels, VectorLabels, align, align_grad, labelled
+from genscl_loss._positives import ClassLabels, VectorLabels, align, align_grad, compared, labelled
 from genscl_loss._unit import inverse_lengths, unit_rows_grad
+
+EPS = 1e-8  # beside the positive mass, which the likelihood is divided by
 
 
 @dataclass(frozen=True)
@@ -37,58 +42,83 @@ class Options:
     partner: int | None  # contrast (i + partner) modulo M is all that anchor i has
     num_live: int | None  # contrasts that can have a gradient, the first ones; None: all
     normalize: bool
+    is_probability: bool  # no contrast has a weight but zero or one: a loss below zero is then rounding
     precision: str
     backend: str
 
 
-def log_likelihoods(
+def losses(
     anchors: Tensor,
     contrasts: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | float,
     weight: Tensor | None,
     all_labels: Sequence[ClassLabels | VectorLabels],
     options: Options,
 ) -> list[tuple[Tensor, Tensor]]:
-    """sum_j w_ij log p_ij and W_i of each anchor, for labels and, if there are two, for a teacher's.
+    """-sum_j w_ij log p_ij / (W_i + EPS) and W_i of each anchor, for labels and, if there are two, for a teacher's.
 
     Args:
         anchors: (A, D), of any length if they are to be normalised.
         contrasts: (M, D); None: the anchors themselves.
-        scale: 0-dim, one over the temperature.
+        scale: One over the temperature; a 0-dim tensor if it may have a gradient.
         weight: Of each contrast, (M,), or None.
         all_labels: One or two.
         options: The rest.
     """
     both: list[Tensor | None] = [None] * 4
-    all_labels = [y.numbered() if isinstance(y, ClassLabels) and y.there is not None else y for y in all_labels]
+    all_labels = [_numbered(y, contrasts is None, options.backend) for y in all_labels]
     for k, labels in enumerate(all_labels):
         a, b = labels.anchors.detach(), labels.contrasts.detach()
         both[2 * k : 2 * k + 2] = [b, None] if contrasts is None else [a, b]
     are_numbers = isinstance(all_labels[0], ClassLabels) and all_labels[0].are_numbers
     # Field by field: not all versions of the compiler know `dataclasses.astuple`.
-    rest = options.self_offset, options.partner, options.num_live, options.normalize, options.precision, options.backend
-    likelihood, mass, *_ = _linear(anchors, contrasts, scale, weight, *both, are_numbers, *rest)
-    return list(zip(likelihood.unbind(), mass.unbind(), strict=True))
+    sizes = options.self_offset, options.partner, options.num_live
+    rest = options.normalize, options.is_probability, options.precision, options.backend
+    variable, known = (scale, None) if isinstance(scale, Tensor) else (None, scale)
+    loss, mass, *_ = _linear(anchors, contrasts, variable, weight, *both, known, are_numbers, *sizes, *rest)
+    if len(all_labels) == 1:
+        return [(loss.view(-1), mass.view(-1))]
+    return list(zip(loss.unbind(), mass.unbind(), strict=True))
+
+
+def _numbered(labels: ClassLabels | VectorLabels, are_contrasts: bool, backend: str) -> ClassLabels | VectorLabels:
+    """Classes as numbers where that is of use: to tell what is not there, or once for both passes of the kernels."""
+    if not isinstance(labels, ClassLabels):
+        return labels
+    if labels.there is not None:
+        return labels.numbered()
+    if backend != "triton" or labels.are_numbers:
+        return labels
+    return compared(labels, are_contrasts)
 
 
 def _kernel(
     anchors: Tensor,
     contrasts: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
     a: Tensor,
     b: Tensor | None,
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
+    known_scale: float | None,
     are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
     num_live: int | None,
     normalize: bool,
+    is_probability: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Log-likelihoods, masses and alignments, (1, A) or (2, A); then what `pairs_grad` wants."""
+    """Losses, masses and alignments, (1, A) or (2, A); then what `pairs_grad` or the kernels want."""
+    scale = _scale(scale, known_scale, anchors)
+    if backend == "triton":
+        all_labels = _label_pairs(a, b, teacher_a, teacher_b)
+        if in_kernels.suits(anchors, contrasts, all_labels, self_offset, normalize):
+            return in_kernels.losses(
+                anchors, contrasts, scale, weight, all_labels, self_offset, precision, is_probability
+            )
     z, others = (_unit(rows, normalize)[0] for rows in (anchors, contrasts))
     lse, *kept = pairs(z, others, scale, weight, self_offset, partner, normalize, precision, backend)
     results = []
@@ -97,30 +127,55 @@ def _kernel(
         likelihood = torch.addcmul(alignment * scale, mass, lse.to(mass.dtype), value=-1)
         if partner is not None:
             likelihood = logsigmoid(likelihood)
-        results.append([x.to(z.dtype)[None] for x in (likelihood, mass, alignment)])
+        loss = 0 - likelihood.div_(mass + EPS)  # zero has no sign
+        if is_probability:
+            loss.clamp_(min=0)
+        results.append([x.to(z.dtype)[None] for x in (loss, mass, alignment)])
     found = results[0] if len(results) == 1 else [torch.cat(each) for each in zip(*results, strict=True)]
-    return *found, *kept
+    return *found, *kept, _factors(anchors, contrasts, teacher_a, backend, normalize)
+
+
+def _scale(scale: Tensor | None, known: float | None, like: Tensor) -> Tensor:
+    """The scale as a tensor: on the CPU if it is known, where it is free to read. It goes with those of any device."""
+    if scale is not None:
+        return scale
+    assert known is not None
+    return torch.full((), known, dtype=like.dtype, device="cpu")
+
+
+def _factors(
+    anchors: Tensor, contrasts: Tensor | None, teacher_a: Tensor | None, backend: str, normalize: bool
+) -> Tensor:
+    """Room for what the kernels keep; none where they are not used."""
+    if backend != "triton" or not normalize:
+        return anchors.new_empty(0, dtype=torch.float64)
+    num_contrasts = 0 if contrasts is None else contrasts.shape[0]
+    count = in_kernels.num_factors(anchors.shape[0], num_contrasts, 1 if teacher_a is None else 2)
+    return anchors.new_empty(count, dtype=torch.float64)
 
 
 def _fake(
     anchors: Tensor,
     contrasts: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
     a: Tensor,
     b: Tensor | None,
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
+    known_scale: float | None,
     are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
     num_live: int | None,
     normalize: bool,
+    is_probability: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
     each = [anchors.new_empty(1 if teacher_a is None else 2, anchors.shape[0]) for _ in range(3)]
-    return *each, *fake_pairs(anchors, contrasts, precision, backend)[1:]
+    kept = fake_pairs(anchors, contrasts, precision, backend)[1:]
+    return *each, *kept, _factors(anchors, contrasts, teacher_a, backend, normalize)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -132,7 +187,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 15
+        return (None,) * 17
     anchors, contrasts, scale, weight, *saved = ctx.saved_tensors
     labels, kept = saved[:4], saved[4:]
     wanted = list(ctx.needs_input_grad[:3])
@@ -140,32 +195,43 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         results = _linear_grad(grad, anchors, contrasts, scale, weight, labels, kept, *ctx.options, wanted)
     message = no_second_derivative(ctx.options[-1])
     grads = [only_once(x, message, kept[0]) if want else None for x, want in zip(results, wanted, strict=True)]
-    return *grads, *[None] * 12
+    return *grads, *[None] * 14
 
 
 def _grad_kernel(
     grad: Tensor,
     anchors: Tensor,
     contrasts: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
     labels: list[Tensor | None],
     kept: list[Tensor],
+    known_scale: float | None,
     are_numbers: bool,
     self_offset: int | None,
     partner: int | None,
     num_live: int | None,
     normalize: bool,
+    is_probability: bool,
     precision: str,
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of anchors, contrasts and scale; empty where not wanted."""
-    likelihood, mass, alignment, *kept = kept
-    if partner is not None:
-        grad = grad * torch.expm1(likelihood).neg_()
-    (z, factor), (others, other_factor) = (_unit(rows, normalize) for rows in (anchors, contrasts))
+    loss, mass, alignment, *kept, _ = kept_of_both = kept
+    scale = _scale(scale, known_scale, anchors)
     live = 0 if contrasts is None or not wanted[1] else len(contrasts) if num_live is None else num_live
+    if backend == "triton":
+        all_labels = _label_pairs(*labels)
+        if in_kernels.suits(anchors, contrasts, all_labels, self_offset, normalize):
+            d_z, d_others, found = in_kernels.losses_grad(
+                grad, anchors, contrasts, scale, weight, all_labels, kept_of_both[1:], self_offset, live, wanted[2]
+            )
+            return d_z, _with_zeros(d_others, contrasts, anchors), scale.new_empty(0) if found is None else found
+    grad = grad / (-EPS - mass)  # of the log-likelihood; the loss is taken for what it is without rounding
+    if partner is not None:
+        grad.mul_(torch.expm1(loss * (-EPS - mass)).neg_())
+    (z, factor), (others, other_factor) = (_unit(rows, normalize) for rows in (anchors, contrasts))
     d_z, d_others = pairs_grad(
         (grad * mass).sum(0).neg_(), kept, z, others, scale, weight, self_offset, partner, normalize, backend, live
     )
@@ -181,12 +247,23 @@ def _grad_kernel(
         unit_rows_grad(d_z, anchors, factor)
         if contrasts is not None and d_others is not None:
             unit_rows_grad(d_others, contrasts[:live], other_factor[:live])
-    if d_others is None or contrasts is None:
-        return d_z, anchors.new_empty(0), d_scale
-    if live < len(contrasts):
-        some, d_others = d_others, torch.zeros_like(contrasts)
-        d_others[:live] = some
-    return d_z, d_others, d_scale
+    return d_z, _with_zeros(d_others, contrasts, anchors), d_scale
+
+
+def _with_zeros(some: Tensor | None, contrasts: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient of all contrasts from that of the first ones; empty if there is none."""
+    if some is None or contrasts is None:
+        return like.new_empty(0)
+    if len(some) == len(contrasts):
+        return some
+    whole = torch.zeros_like(contrasts)
+    whole[: len(some)] = some
+    return whole
+
+
+def _label_pairs(*both: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Those of anchors and contrasts, and a teacher's."""
+    return [(a, b) for a, b in zip(both[::2], both[1::2], strict=True) if a is not None]
 
 
 def _labels(*both: Tensor | None, are_numbers: bool) -> list[ClassLabels | VectorLabels]:
@@ -204,20 +281,21 @@ def _unit(rows: Tensor | None, normalize: bool) -> tuple[Any, Any]:
 
 
 def _grad_fake(
-    grad: Tensor, anchors: Tensor, contrasts: Tensor | None, scale: Tensor, *rest: Any
+    grad: Tensor, anchors: Tensor, contrasts: Tensor | None, scale: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     wanted = rest[-1]
     d_contrasts = anchors.new_empty(contrasts.shape if contrasts is not None and wanted[1] else 0)
-    return anchors.new_empty(anchors.shape), d_contrasts, scale.new_empty(() if wanted[2] else 0)
+    d_scale = (anchors if scale is None else scale).new_empty(() if wanted[2] else 0)
+    return anchors.new_empty(anchors.shape), d_contrasts, d_scale
 
 
-_OPTIONS = "bool are_numbers, SymInt? self_offset, SymInt? partner, SymInt? num_live, bool normalize"
-_OPTIONS += ", str precision, str backend"
+_OPTIONS = "float? known_scale, bool are_numbers, SymInt? self_offset, SymInt? partner, SymInt? num_live"
+_OPTIONS += ", bool normalize, bool is_probability, str precision, str backend"
 _linear = define_operator(
     "linear",
-    "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor? weight, Tensor a, Tensor? b, Tensor? teacher_a, "
+    "(Tensor anchors, Tensor? contrasts, Tensor? scale, Tensor? weight, Tensor a, Tensor? b, Tensor? teacher_a, "
     "Tensor? teacher_b, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_kernel,
     fake=_fake,
     setup_context=_setup_context,
@@ -225,7 +303,7 @@ _linear = define_operator(
 )
 _linear_grad = define_operator(
     "linear_grad",
-    "(Tensor grad, Tensor anchors, Tensor? contrasts, Tensor scale, Tensor? weight, Tensor?[] labels, Tensor[] kept, "
+    "(Tensor grad, Tensor anchors, Tensor? contrasts, Tensor? scale, Tensor? weight, Tensor?[] labels, Tensor[] kept, "
     f"{_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,

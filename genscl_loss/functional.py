@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["auto_backend", "available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
 
-_EPS = 1e-8  # of the paper's code: an anchor with this much positive mass or less has no positives
+_EPS = linear.EPS  # of the paper's code: an anchor with this much positive mass or less has no positives
 
 
 def gen_supcon_loss(
@@ -216,7 +216,7 @@ class _Problem(NamedTuple):
     """What the loss is to be computed of."""
 
     batch: Batch
-    scale: Tensor
+    scale: Tensor | float
     factor: float | Tensor
     teacher_weight: float
     reduction: str
@@ -227,7 +227,13 @@ class _Problem(NamedTuple):
 
 def _loss(problem: _Problem) -> Tensor:
     batch = problem.batch.without_empty_set()
-    return _total(problem, _log_likelihoods(batch, problem.scale, problem.backend), batch.anchors.shape[0], None)
+    losses = _losses(batch, problem.scale, problem.backend, _is_probability(problem))
+    return _total(problem, losses, batch.anchors.shape[0], None)
+
+
+def _is_probability(problem: _Problem) -> bool:
+    """Whether a likelihood is one, and not larger: with weights in its denominator it may be."""
+    return problem.options["contrast_weight"] is None
 
 
 def _loss_of_group(group: object, prepare: Callable[[], _Problem]) -> Tensor:
@@ -256,8 +262,9 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
         members.refuse(error)
         raise
     num_anchors, counts = zip(*members.agree(agreed, *sizes), strict=True)
-    likelihoods = global_log_likelihoods(batch, problem.scale, members, counts, precision=precision, backend=backend)
-    return _total(problem, likelihoods, sum(num_anchors), members)
+    scale = _as_tensor(problem.scale, batch.anchors)
+    likelihoods = global_log_likelihoods(batch, scale, members, counts, precision=precision, backend=backend)
+    return _total(problem, _losses_of(likelihoods, _is_probability(problem)), sum(num_anchors), members)
 
 
 def _told(value: object) -> object:
@@ -267,15 +274,9 @@ def _told(value: object) -> object:
     return f"{shown}, with gradient" if value.requires_grad else shown
 
 
-def _total(
-    problem: _Problem, likelihoods: list[tuple[Tensor, Tensor]], num_anchors: int, members: Members | None
-) -> Tensor:
+def _total(problem: _Problem, losses: list[tuple[Tensor, Tensor]], num_anchors: int, members: Members | None) -> Tensor:
     """The loss of all anchors, the teacher's term included."""
-    is_probability = problem.options["contrast_weight"] is None
-    terms = [
-        _reduce(_loss_of(likelihood / (mass + _EPS), is_probability), mass, problem, num_anchors, members)
-        for likelihood, mass in likelihoods
-    ]
+    terms = [_reduce(loss, mass, problem, num_anchors, members) for loss, mass in losses]
     return terms[0] if len(terms) == 1 else terms[0] + problem.teacher_weight * terms[1]
 
 
@@ -327,12 +328,25 @@ def collapsed_loss(
     return math.log(num_contrasts) * factor if num_contrasts else 0.0
 
 
-def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
-    """sum_j w_ij log p_ij and W_i of each anchor, for the labels and for the teacher's: both share the softmax p."""
-    anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
+def _losses(batch: Batch, scale: Tensor | float, backend: str, is_probability: bool) -> list[tuple[Tensor, Tensor]]:
+    """The loss and W_i of each anchor, for the labels and for the teacher's: both share the softmax."""
+    anchors, contrasts = batch.anchors, batch.contrasts
     backend = choose(
         backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
     )
+    constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
+    if backend != "dense" and batch.num_contrasts > 0 and len(constant) == len(batch.all_labels):
+        partner = batch.partner if backend == "tiled" else None
+        options = linear.Options(
+            batch.self_offset, partner, batch.num_live, batch.normalize, is_probability, _precision(batch), backend
+        )
+        return linear.losses(anchors, contrasts, scale, batch.contrast_weight, constant, options)
+    return _losses_of(_log_likelihoods(batch, _as_tensor(scale, anchors), backend), is_probability)
+
+
+def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
+    """sum_j w_ij log p_ij and W_i of each anchor, with derivatives of more kinds than `linear` has."""
+    anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
     if batch.num_contrasts == 0:
         return no_log_likelihoods(*unit_pair(anchors, contrasts, batch.normalize), scale, len(batch.all_labels))
     if backend == "dense":
@@ -350,16 +364,10 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
             batch.partner,
             batch.num_live,
         )
-    precision = _precision(batch)
-    constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
-    if len(constant) == len(batch.all_labels):
-        partner = batch.partner if backend == "tiled" else None
-        options = linear.Options(self_offset, partner, batch.num_live, batch.normalize, precision, backend)
-        return linear.log_likelihoods(anchors, contrasts, scale, batch.contrast_weight, constant, options)
     z, others = unit_pair(anchors, contrasts, batch.normalize)
     lse = row_lse(
         z, others, scale, self_offset,
-        unit=batch.normalize, precision=precision, backend=backend, weight=batch.contrast_weight,
+        unit=batch.normalize, precision=_precision(batch), backend=backend, weight=batch.contrast_weight,
     )  # fmt: skip
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     found = [positives(z, others, labels, self_offset) for labels in batch.all_labels]
@@ -368,6 +376,10 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
 
 def _precision(batch: Batch) -> str:
     return "high" if batch.half else float32_precision(batch.anchors.device.type)
+
+
+def _losses_of(likelihoods: list[tuple[Tensor, Tensor]], is_probability: bool) -> list[tuple[Tensor, Tensor]]:
+    return [(_loss_of(likelihood / (mass + _EPS), is_probability), mass) for likelihood, mass in likelihoods]
 
 
 def _loss_of(likelihood: Tensor, is_probability: bool) -> Tensor:
@@ -392,6 +404,9 @@ def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, mem
         counts = (mass.detach() > _EPS).to(dtype)
         loss = loss * counts  # a product, not a choice: what is NaN stays NaN
         weight = counts if weight is None else weight * counts
+    is_plain = problem.reduction == "mean" and weight is None and members is None
+    if is_plain and num_anchors and isinstance(factor, float) and factor == 1:
+        return loss.mean()  # the factor's default, and one launch less on a GPU
     total = _sum(loss, members)
     if problem.reduction == "sum":
         return (total * factor).to(dtype)
@@ -407,8 +422,8 @@ def _sum(x: Tensor, members: Members | None) -> Tensor:
 
 def _scale_and_factor(
     temperature: float | Tensor, base_temperature: float | None, anchors: Tensor
-) -> tuple[Tensor, float | Tensor]:
-    """1 / tau as a tensor, and tau / tau_base without its gradient."""
+) -> tuple[Tensor | float, float | Tensor]:
+    """1 / tau, a tensor if tau is one, and tau / tau_base without its gradient."""
     smallest = torch.finfo(anchors.dtype).tiny ** 0.5
     base = None if base_temperature is None else check_number("base_temperature", base_temperature, positive=True)
     if base is not None and base < smallest:
@@ -428,9 +443,12 @@ def _scale_and_factor(
         return temperature.reciprocal(), 1.0 if base is None else temperature.detach() / base
     temperature = check_number("temperature", temperature, positive=True)
     _check_computable(temperature, smallest, anchors)
-    # On the CPU, wherever the features are: 0-dim CPU tensors go with tensors of any device and are free to read.
-    scale = torch.full((), 1 / temperature, dtype=anchors.dtype, device="cpu")
-    return scale, 1.0 if base is None else temperature / base
+    return 1 / temperature, 1.0 if base is None else temperature / base
+
+
+def _as_tensor(scale: Tensor | float, like: Tensor) -> Tensor:
+    """On the CPU, wherever the features are: 0-dim CPU tensors go with tensors of any device and are free to read."""
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=like.dtype, device="cpu")
 
 
 def _check_computable(temperature: float, smallest: float, anchors: Tensor) -> None:

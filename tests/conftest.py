@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 import pytest
 import torch
+from devices import run_losses_on
 from grids import covering
 from hypothesis import HealthCheck, settings
 
@@ -18,6 +19,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread ea
 INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on the CPU, as Python
+
+# With the tensors of all calls of the loss there: the contract's tests on a GPU (benchmarks/gpu.py).
+MOVED_TO = os.environ.get("GENSCL_TEST_DEVICE")
+if MOVED_TO is not None:
+    run_losses_on(torch.device(MOVED_TO))
 
 # Test bodies run once per backend through the `backend` fixture, which hypothesis would otherwise refuse.
 _SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors]
@@ -78,7 +84,7 @@ def mark_what_is_exhaustive(items: list[pytest.Item]) -> None:
                 item.add_marker("exhaustive")
 
 
-@pytest.fixture(params=["dense", "tiled", "auto", *["triton"] * INTERPRETED])
+@pytest.fixture(params=["dense", "tiled", "auto", *["triton"] * (INTERPRETED or MOVED_TO == "cuda")])
 def backend(request) -> str:
     """Every backend name; "triton" in Triton's interpreter, and not for tests that are marked `not_on_triton`."""
     return request.param

@@ -326,6 +326,26 @@ def test_inf_cl_is_held_against_its_own_quantity(bench, monkeypatch):
     assert result.loss_error is None
 
 
+def test_memeff_is_held_against_clips_loss_of_z_with_itself(bench, monkeypatch):
+    def loss(temperature, normalized_inputs, stable):
+        assert normalized_inputs
+        assert not stable
+        target = torch.arange(64)
+        cross_entropy = torch.nn.functional.cross_entropy
+
+        def both(x, y):
+            logits = x @ y.T / temperature
+            return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+        return both
+
+    monkeypatch.setitem(sys.modules, "memeff", types.SimpleNamespace(MemoryEfficientCLIPLoss=loss))
+    (result,) = measure(bench, bench.cases.Case(64, d=16), bench.contenders.all_methods()["memeff"])
+    assert result.status == "ok"
+    assert result.loss_error < 1e-5
+    assert result.gradient_error < 1e-5
+
+
 def test_attention_is_that_of_z_with_itself(bench):
     problem = bench.cases.make_problem(bench.cases.Case(24, d=16), CPU)
     run = bench.contenders.run_sdpa(None)(problem)
@@ -452,6 +472,16 @@ def test_what_no_graph_can_hold_says_why(bench, monkeypatch):
     printed = bench.report.table(bench.cases.Case(16), [result])
     assert "4+5" in printed
     assert "genscl auto: no CUDA graph (RuntimeError: called a synchronizing CUDA operation)" in printed
+
+
+@pytest.mark.parametrize(("n", "groups", "replays"), [(64, [2], 20), (4096, [1, 1], 3)])
+def test_graphs_of_large_batches_are_looked_at_one_at_a_time(bench, monkeypatch, n, groups, replays):
+    seen = []
+    look = lambda group, device, turns, seconds, times: seen.append((len(group), times))  # noqa: E731
+    monkeypatch.setattr(bench.measure, "look_at_launches", look)
+    runs = [(types.SimpleNamespace(leaf=torch.zeros(1)), None)] * 2
+    bench.measure.look_at_all_launches(runs, n, CPU, 2, 1.0)
+    assert seen == [(count, replays) for count in groups]
 
 
 def test_graphs_are_timed_in_turns(bench, monkeypatch):

@@ -84,6 +84,30 @@ def test_no_kernel_spills_or_exceeds_a_multiprocessor(rows):
     assert not {name(row): row["faults"] for row in rows if row["faults"]}
 
 
+QUICK = ("--arch", "90", "--widths", "128", "--labels", "soft", "--problems", "self")
+QUICK += ("--kernel", "label_sums", "align_grad")
+EVERY = ("--widths", "16", "128", "1024", "--classes", "10", "1000", "--labels", "hard", "soft", "both")
+EVERY += ("--problems", "self", "rectangular", "first")
+
+
+@pytest.fixture(scope="session", params=["one line", pytest.param("all", marks=pytest.mark.exhaustive)])
+def label_rows(request, tmp_path_factory) -> list[dict]:
+    return report(tmp_path_factory.mktemp("labels"), *(QUICK if request.param == "one line" else EVERY))
+
+
+def test_no_kernel_of_the_label_half_spills_or_exceeds_a_multiprocessor(label_rows):
+    """Which also says that products of float64 are taken by tensor cores, where there are some for it."""
+    assert not {f"{row['kernel']} {row['case']} sm_{row['arch']}": row["faults"] for row in label_rows if row["faults"]}
+
+
+def test_float64_is_there_where_it_is_fast_and_nowhere_else(label_rows):
+    products = {"label_sums", "align", "align_grad"}
+    counts = {(row["kernel"], row["arch"]): row["float64_products"] for row in label_rows if row["kernel"] in products}
+    assert counts
+    for (kernel, arch), count in counts.items():
+        assert (count > 0) == (arch != 89), (kernel, arch)
+
+
 @pytest.mark.parametrize(("kernel", "most"), [("row_lse", 6.5), ("row_lse_grad", 10.0)])
 def test_instructions_of_the_main_loop(rows, kernel, most):
     """All machine instructions of a thread, predicated ones too, over the entries of its tile; one term, sm_90."""

@@ -38,9 +38,13 @@ ARROWS = {
     "_batch": {"_checks", "_choices", "_positives"},
     "_global": {"_backends", "_batch", "_distributed", "_library", "_positives", "_unit"},
     "_dense": {"_backends", "_backends.dense", "_checks", "_library", "_unit"},
-    "_linear": {"_backends.operator", "_library", "_positives", "_unit"},
+    "_linear": {"_backends.operator", "_library", "_linear_fused", "_positives", "_unit"},
+    "_linear_fused": {"_backends.fused", "_library", "_linear_kernels", "_positives.fused"},
+    "_linear_kernels": {"_backends.kernels", "_kernels"},
     "_positives": {"_positives.alignment", "_positives.labels", "_positives.operator"},
-    "_positives.operator": {"_positives.alignment", "_positives.labels", "_library"},
+    "_positives.fused": {"_library", "_positives.kernels"},
+    "_positives.kernels": {"_kernels"},
+    "_positives.operator": {"_positives.alignment", "_positives.fused", "_positives.labels", "_library"},
     "_positives.alignment": {"_positives.sums", "_unit"},
     "_positives.sums": {"_library"},
     "_positives.labels": {"_library", "_unit"},
@@ -48,18 +52,20 @@ ARROWS = {
     "_backends.choice": {"_backends.fused", "_backends.plans", "_checks", "_choices"},
     "_backends.operator": {"_backends.dense", "_backends.fused", "_backends.tiled", "_library"},
     "_backends.dense": {"_library"},
-    "_backends.fused": {"_backends.kernels", "_backends.plans"},
-    "_backends.kernels": set(),
+    "_backends.fused": {"_backends.kernels", "_backends.plans", "_library"},
+    "_backends.kernels": {"_kernels"},
     "_backends.plans": set(),
     "_backends.tiled": {"_backends.products"},
     "_backends.products": set(),
     "_checks": set(),
     "_choices": set(),
     "_distributed": set(),
+    "_kernels": set(),
     "_library": set(),
     "_queue_state": set(),
     "_unit": set(),
 }
+KERNELS = {"_kernels", "_linear_kernels", "_backends.kernels", "_positives.kernels"}  # Triton's, loaded when first used
 
 
 def short_name(dotted: str) -> str:
@@ -126,14 +132,14 @@ def test_imports_go_down_only(name):
 @pytest.mark.parametrize("name", list(FILES))
 def test_third_parties_are_torch_alone(name):
     roots = {other.split(".")[0] for other in absolute_imports(parse(name), FILES[name])}
-    own = {"triton"} if name == "_backends.kernels" else set()
+    own = {"triton"} if name in KERNELS else set()
     assert roots - set(sys.stdlib_module_names) <= {PACKAGE, "torch"} | own
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "_backends.kernels"])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in KERNELS])
 def test_importing_loads_no_triton(name):
     imported = absolute_imports(runs_at_import(parse(name)), FILES[name])
-    assert not {other for other in imported if "triton" in other.split(".") or other.endswith("_backends.kernels")}
+    assert not {other for other in imported if "triton" in other.split(".") or other.endswith("kernels")}
 
 
 @pytest.mark.parametrize(

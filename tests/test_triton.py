@@ -696,7 +696,7 @@ def test_splits_cover_all_columns_once():
 @pytest.fixture
 def unread_scale(monkeypatch):
     """Treat every temperature as if it were on a GPU."""
-    monkeypatch.setattr(fused, "_is_known", lambda scale: False)
+    monkeypatch.setattr(fused, "is_known", lambda scale: False)
 
 
 @pytest.mark.strength(1)
@@ -720,7 +720,7 @@ def test_the_device_chooses_as_the_host_would(unread_scale, monkeypatch):
     for scale in scales.tolist():
         unread = compute(rows(9, 16), None, torch.tensor(scale).to(DEVICE)).lse
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "_is_known", lambda scale: True)
+            patch.setattr(fused, "is_known", lambda scale: True)
             known = compute(rows(9, 16), None, scale).lse
         torch.testing.assert_close(unread, known, rtol=0, atol=1e-4)
 
@@ -731,7 +731,7 @@ def test_the_device_chooses_as_the_host_would(unread_scale, monkeypatch):
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 def test_the_gradient_of_the_temperature(monkeypatch, on_device, m, unit, tau):
     if on_device:
-        monkeypatch.setattr(fused, "_is_known", lambda scale: False)
+        monkeypatch.setattr(fused, "is_known", lambda scale: False)
     z, contrasts = rows(150, 16), None if m is None else rows(m, 16, seed=1)
     scale = torch.tensor(1 / tau).to(DEVICE if on_device else "cpu").requires_grad_()
     upstream = torch.linspace(-1, 2, 150, device=DEVICE)

@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from genscl_loss._backends.plans import PAD, Plan, backward_plan, chip, forward_plan, width
+from genscl_loss._library import on_device
 
 _MOST_SPLITS = 32  # of the columns, where rows alone would leave multiprocessors idle
 _MOST_PARTS = 2**23  # numbers that the splits of a gradient may hold until they are added up
@@ -59,13 +59,18 @@ def row_lse(
     Returns:
         The log-sum-exp, and as `row_lse_grad` takes them what it was made of, (2, A), anchors and contrasts.
     """
-    with _on(anchors.device):
+    with on_device(anchors.device):
         rows = _split_rows(anchors, precision)
         cols = None if contrasts is None else _split_rows(contrasts, precision)
         num_cols = anchors.shape[0] if contrasts is None else contrasts.shape[0]
         others = rows if cols is None else cols
         logs = None if weight is None else _log_weights(weight, others)
-        lse, sums = _launch_lse(rows, others, anchors.shape[0], num_cols, logs, scale, self_offset, unit)
+        n = anchors.shape[0]
+        lse, parts = _launch_lse(rows, others, n, num_cols, logs, scale, self_offset, unit)
+        if lse is not None:
+            return lse, parts[0], rows, cols
+        lse, sums = parts.new_empty(n), parts.new_empty(2, n)
+        _kernels().merge_lse[-(-n // _BLOCK),](parts, lse, sums, n, len(parts), _BLOCK)
     return lse, sums, rows, cols
 
 
@@ -83,21 +88,16 @@ def row_lse_grad(
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `row_lse` with respect to anchors and, if not 0, so many contrasts, from what `row_lse` returned."""
-    n, m = grad.shape[0], num_contrasts
-    if n == 0:  # the share of a process that has no samples
+    if len(grad) == 0:  # the share of a process that has no samples
         return grad.new_zeros(0, num_features), grad.new_zeros(num_grads, num_features) if num_grads else None
-    with _on(grad.device):
+    with on_device(grad.device):
         largest = torch.linalg.vector_norm(grad, torch.inf)
-        shared = (largest, scale, unit, num_features)
-        weights = _launch_weights(grad.contiguous(), sums, rows.shape[1], largest)
-        logs = None if weight is None else _log_weights(weight, rows if cols is None else cols)
-        if cols is None:
-            return _launch_grad(rows, rows, n, n, weights, weights, logs, logs, self_offset, *shared), None
-        d_anchors = _launch_grad(rows, cols, n, m, weights, None, None, logs, self_offset, *shared)
-        if not num_grads:
-            return d_anchors, None
-        reverse = None if self_offset is None else -self_offset
-        return d_anchors, _launch_grad(cols, rows, num_grads, n, None, weights, logs, None, reverse, *shared)
+        parts = grad_parts(
+            grad, largest, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, num_grads, weight
+        )
+        d_anchors, d_contrasts = (None if x is None else _added_up(x) for x in parts)
+    assert d_anchors is not None
+    return d_anchors, d_contrasts
 
 
 def mirrored_grad(
@@ -115,7 +115,7 @@ def mirrored_grad(
     """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
     n, m = num_anchors, len(grads)
     own = slice(self_offset, self_offset + n)
-    with _on(grads.device):
+    with on_device(grads.device):
         largest = torch.linalg.vector_norm(grads, torch.inf)
         col_weights = _launch_weights(grads, sums, cols.shape[1], largest)
         row_weights = _launch_weights(grads[own], sums[:, own].contiguous(), rows.shape[1], largest)
@@ -123,7 +123,7 @@ def mirrored_grad(
         logs = own_logs = None
         if weight is not None:
             logs, own_logs = _log_weights(weight, cols), _log_weights(weight[own], rows)
-        return _launch_grad(rows, cols, n, m, row_weights, col_weights, own_logs, logs, self_offset, *shared)
+        return _added_up(_launch_grad(rows, cols, n, m, row_weights, col_weights, own_logs, logs, self_offset, *shared))
 
 
 def split_shape(num_rows: int, num_features: int, precision: str) -> tuple[int, int, int]:
@@ -131,17 +131,62 @@ def split_shape(num_rows: int, num_features: int, precision: str) -> tuple[int, 
     return 2 if precision == "highest" else 1, -(-num_rows // PAD) * PAD, width(num_features)
 
 
+# ---- As parts of a fused loss: rows that are normalised on the way, results that are still to be added up ----
+
+
+def split_unit_rows(x: Tensor, precision: str, factor: Tensor) -> Tensor:
+    """Unit rows as the kernels take them; what each row of x is multiplied by, (n,) float64, is written to `factor`."""
+    return _split_rows(x, precision, factor)
+
+
+def lse_parts(
+    rows: Tensor, cols: Tensor, n: int, m: int, weight: Tensor | None, scale: Tensor, self_offset: int | None
+) -> Tensor:
+    """What `row_lse` of n unit rows and m contrasts is made of, (splits, 2, A)."""
+    logs = None if weight is None else _log_weights(weight, cols)
+    return _launch_lse(rows, cols, n, m, logs, scale, self_offset, True, partial=True)[1]
+
+
+def grad_parts(
+    grad: Tensor,
+    largest: Tensor,
+    sums: Tensor,
+    rows: Tensor,
+    cols: Tensor | None,
+    scale: Tensor,
+    self_offset: int | None,
+    unit: bool,
+    num_contrasts: int,
+    num_features: int,
+    num_grads: int,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `row_lse_grad`, (splits, A, D) and (splits, contrasts, D); `largest` is the largest of |grad|."""
+    n, m = grad.shape[0], num_contrasts
+    shared = (largest, scale, unit, num_features)
+    weights = _launch_weights(grad.contiguous(), sums, rows.shape[1], largest)
+    logs = None if weight is None else _log_weights(weight, rows if cols is None else cols)
+    if cols is None:
+        return _launch_grad(rows, rows, n, n, weights, weights, logs, logs, self_offset, *shared), None
+    d_anchors = _launch_grad(rows, cols, n, m, weights, None, None, logs, self_offset, *shared)
+    if not num_grads:
+        return d_anchors, None
+    reverse = None if self_offset is None else -self_offset
+    return d_anchors, _launch_grad(cols, rows, num_grads, n, None, weights, logs, None, reverse, *shared)
+
+
 # ---- Launches, one function for each ----
 
 
-def _split_rows(x: Tensor, precision: str) -> Tensor:
+def _split_rows(x: Tensor, precision: str, factor: Tensor | None = None) -> Tensor:
     n, d = x.shape
     terms, padded, features = split_shape(n, d, precision)
     out = x.new_empty(terms, padded, features, dtype=torch.float16)
     block = min(features, 64)
     _kernels().split_rows[padded // 64, features // block](
-        x, out, n, d, *x.stride(), padded * features, 64, block, features, terms
-    )
+        x, out, x if factor is None else factor, n, d, *x.stride(), padded * features,
+        64, block, features, terms, factor is not None,
+    )  # fmt: skip
     return out
 
 
@@ -161,26 +206,26 @@ def _launch_lse(
     scale: Tensor,
     self_offset: int | None,
     unit: bool,
-) -> tuple[Tensor, Tensor]:
+    *,
+    partial: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """The result, and what it is made of, (splits, 2, A); only that where there are several splits, or if asked for."""
     terms, _, features = rows.shape
     plan = forward_plan(_chip(rows.device), features, terms)
     blocks = -(-n // plan.block_m)
     splits, cols_per_split = _share(blocks, m, plan, _MOST_SPLITS, rows.device)
-    lse = rows.new_empty(n, dtype=torch.float32)
-    parts = lse.new_empty(splits, 2, n)
+    partial = partial or splits > 1
+    parts = rows.new_empty(splits, 2, n, dtype=torch.float32)
+    lse = parts if partial else parts.new_empty(n)
     for variant in _variants(scale, unit and logs is None):
         _kernels().row_lse[blocks, splits](
-            rows, cols, lse, parts, lse if logs is None else logs, _argument(scale),
+            rows, cols, lse, parts, lse if logs is None else logs, argument(scale),
             n, m, self_offset or 0, cols_per_split, rows.stride(0), cols.stride(0),
             plan.block_m, plan.block_n, plan.block_edge, plan.block_k, features, terms,
-            HAS_SELF=self_offset is not None, PARTIAL=splits > 1, WEIGHTED=logs is not None,
+            HAS_SELF=self_offset is not None, PARTIAL=partial, WEIGHTED=logs is not None,
             **variant, **_options(plan),
         )  # fmt: skip
-    if splits == 1:
-        return lse, parts[0]
-    sums = lse.new_empty(2, n)
-    _kernels().merge_lse[-(-n // _BLOCK),](parts, lse, sums, n, splits, _BLOCK)
-    return lse, sums
+    return None if partial else lse, parts
 
 
 def _launch_weights(grad: Tensor, sums: Tensor, padded: int, largest: Tensor) -> Tensor:
@@ -219,13 +264,17 @@ def _launch_grad(
         _kernels().row_lse_grad[blocks, splits, chunks](
             rows, cols, some_weights if row_weights is None else row_weights, some_weights,
             some_logs if row_logs is None else row_logs, some_logs, out,
-            _argument(scale), largest, n, m, num_features, self_offset or 0, cols_per_split,
+            argument(scale), largest, n, m, num_features, self_offset or 0, cols_per_split,
             rows.stride(0), cols.stride(0), padded_rows, cols.shape[1],
             plan.block_m, plan.block_n, plan.block_edge, plan.block_k, block_out, features, terms,
             HAS_SELF=self_offset is not None, ROW_TERM=row_weights is not None, COL_TERM=col_weights is not None,
             WEIGHTED=is_weighted, **variant, **_options(plan),
         )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
+    return out
+
+
+def _added_up(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 # ---- What a launch depends on ----
@@ -251,11 +300,6 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which kernels are launched on this device, not on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _chip(device: torch.device) -> int:
     return chip(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 90
 
@@ -269,20 +313,20 @@ def _options(plan: Plan) -> dict[str, Any]:
     return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
 
 
-def _argument(scale: Tensor) -> Tensor | float:
+def argument(scale: Tensor) -> Tensor | float:
     """A temperature that the host knows goes to the kernel as a number."""
-    return float(scale) if _is_known(scale) else scale
+    return float(scale) if is_known(scale) else scale
 
 
-def _is_known(scale: Tensor) -> bool:
+def is_known(scale: Tensor) -> bool:
     return scale.device.type == "cpu"
 
 
 def _variants(scale: Tensor, unit: bool) -> list[dict[str, bool]]:
     """Kernels to launch: without a shift of exponents, with a running maximum, or both and the device chooses."""
     if not unit:
-        return [{"FIXED": False, "CHECK": False, "SCALE_ON_DEVICE": not _is_known(scale)}]
-    if _is_known(scale):
+        return [{"FIXED": False, "CHECK": False, "SCALE_ON_DEVICE": not is_known(scale)}]
+    if is_known(scale):
         return [{"FIXED": _fits(float(scale)), "CHECK": False, "SCALE_ON_DEVICE": False}]
     return [{"FIXED": fixed, "CHECK": True, "SCALE_ON_DEVICE": True} for fixed in (True, False)]
 

@@ -1,4 +1,4 @@
-"""The kernels of `fused.py`, which says what they compute together. The only file that imports Triton.
+"""The kernels of `fused.py`, which says what they compute together.
 
 Logits are in base 2, s_ij = slope * (row_i . column_j), and exist one tile at a time, in registers. Rows and columns
 come from `split_rows`: fp16, contiguous, padded with zeros, in one or two planes (TERMS). Two planes hold x = high +
@@ -19,6 +19,8 @@ with FIXED, since weights have any size.
 import triton
 import triton.language as tl
 
+from genscl_loss._kernels import exponent_of, inverse_length, number, power_of_two
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -30,30 +32,6 @@ STRETCH = tl.constexpr(64.0)
 # term keeps 24 bits above the subnormal numbers, which are taken for zero.
 LARGEST = tl.constexpr(100.0)
 SLACK = tl.constexpr(1.002)  # rows of unit length may be a little longer in fp16, and logits that much larger
-
-
-# ---- Numbers that all programs of a launch share ----
-
-
-@triton.jit
-def _number(X, ON_DEVICE: tl.constexpr):
-    """A 0-dim argument: a number of the host, or a tensor that the host has not read."""
-    if ON_DEVICE:
-        return tl.load(X)
-    else:
-        return X
-
-
-@triton.jit
-def _exponent(X):
-    """floor(log2 x) of the number x >= 0 at X, held where its negative is an exponent too."""
-    exponent = (tl.load(X).to(tl.int32, bitcast=True) >> 23) - 127
-    return tl.minimum(tl.maximum(exponent, -100), 100)
-
-
-@triton.jit
-def _power_of_two(exponent):
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -69,6 +47,7 @@ def _fits(scale):
 def split_rows(
     X,
     OUT,
+    FACTOR,
     num_rows,
     num_features,
     stride_row,
@@ -78,13 +57,29 @@ def split_rows(
     BLOCK_FEATURES: tl.constexpr,
     WIDTH: tl.constexpr,
     TERMS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
-    """Float32 rows of any strides to TERMS planes of fp16 rows, (padded rows, WIDTH), times STRETCH."""
+    """Float32 rows of any strides to TERMS planes of fp16 rows, (padded rows, WIDTH), times STRETCH.
+
+    NORMALIZE makes them of unit length, by factors that are kept: those of `genscl_loss._unit.inverse_lengths`.
+    """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     features = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    offsets = rows.to(tl.int64)[:, None] * stride_row + features.to(tl.int64)[None, :] * stride_feature
+    row_pointers = X + rows.to(tl.int64)[:, None] * stride_row
     inside = (rows < num_rows)[:, None] & (features < num_features)[None, :]
-    x = tl.load(X + offsets, mask=inside, other=0.0) * STRETCH
+    x = tl.load(row_pointers + features.to(tl.int64)[None, :] * stride_feature, mask=inside, other=0.0)
+    if NORMALIZE:
+        squares = tl.zeros((BLOCK_ROWS,), tl.float32)
+        for first in range(0, num_features, BLOCK_FEATURES):
+            some = first + tl.arange(0, BLOCK_FEATURES)
+            is_there = (rows < num_rows)[:, None] & (some < num_features)[None, :]
+            part = tl.load(row_pointers + some.to(tl.int64)[None, :] * stride_feature, mask=is_there, other=0.0)
+            squares += tl.sum(part * part, 1)
+        factor = inverse_length(squares)
+        if tl.program_id(1) == 0:
+            tl.store(FACTOR + rows, factor, mask=rows < num_rows)
+        x *= factor.to(tl.float32)[:, None]
+    x *= STRETCH
     x += x - x  # infinity to NaN: a logit of minus infinity would pass for a contrast that is merely far away
     high = x.to(tl.float16)
     out = OUT + rows.to(tl.int64)[:, None] * WIDTH + features[None, :]
@@ -258,7 +253,7 @@ def row_lse(
     WEIGHTED: tl.constexpr,
 ):
     """Log-sum-exp of each row, unless PARTIAL, and what it was made of: `largest` and `total` of each split."""
-    scale = _number(SCALE, SCALE_ON_DEVICE)
+    scale = number(SCALE, SCALE_ON_DEVICE)
     if CHECK:
         if _fits(scale) != FIXED:
             return
@@ -304,24 +299,31 @@ def row_lse(
         tl.store(LSE + index, (largest + tl.log2(total)) * LN2, mask=index < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def merge_lse(PARTS, LSE, SUMS, num_rows, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """What `row_lse` would have found in one go, from what it found in each split of the columns."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < num_rows
+@triton.jit
+def merged_sums(PARTS, rows, inside, num_rows, num_parts, BLOCK: tl.constexpr):
+    """`largest` and `total` of all columns, from those that `row_lse` found in each split of them."""
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for split in range(SPLITS):
+    for split in range(num_parts):
         part = tl.load(PARTS + split * 2 * num_rows + rows, mask=inside, other=0.0)
         largest = tl.maximum(largest, part)
     safe = tl.where(largest == -float("inf"), 0.0, largest)
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLITS):
+    for split in range(num_parts):
         part = PARTS + split * 2 * num_rows + rows
         lowered = tl.load(part, mask=inside, other=0.0) - safe
         total += tl.load(part + num_rows, mask=inside, other=0.0) * tl.exp2(lowered)
-    tl.store(SUMS + rows, safe, mask=inside)
+    return safe, total
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+def merge_lse(PARTS, LSE, SUMS, num_rows, num_parts, BLOCK: tl.constexpr):
+    """What `row_lse` would have found in one go, from what it found in each split of the columns."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
+    largest, total = merged_sums(PARTS, rows, inside, num_rows, num_parts, BLOCK)
+    tl.store(SUMS + rows, largest, mask=inside)
     tl.store(SUMS + num_rows + rows, total, mask=inside)
-    tl.store(LSE + rows, (safe + tl.log2(total)) * LN2, mask=inside)
+    tl.store(LSE + rows, (largest + tl.log2(total)) * LN2, mask=inside)
 
 
 # ---- Gradient ----
@@ -339,7 +341,7 @@ def gradient_weights(GRAD, SUMS, LARGEST_GRAD, OUT, num_rows, padded, BLOCK: tl.
     inside = rows < num_rows
     largest = tl.load(SUMS + rows, mask=inside, other=float("inf"))
     total = tl.load(SUMS + num_rows + rows, mask=inside, other=0.0)
-    weight = tl.load(GRAD + rows, mask=inside, other=0.0) * _power_of_two(12 - _exponent(LARGEST_GRAD))
+    weight = tl.load(GRAD + rows, mask=inside, other=0.0) * power_of_two(12 - exponent_of(LARGEST_GRAD))
     tl.store(OUT + rows, tl.where(total == 0.0, 0.0, weight / total))
     tl.store(OUT + padded + rows, largest)
 
@@ -429,7 +431,7 @@ def row_lse_grad(
 
     ROW_TERM counts the log-sum-exps of the rows, COL_TERM those of the columns: both in a self-contrast.
     """
-    scale = _number(SCALE, SCALE_ON_DEVICE)
+    scale = number(SCALE, SCALE_ON_DEVICE)
     if CHECK:
         if _fits(scale) != FIXED:
             return
@@ -487,7 +489,7 @@ def row_lse_grad(
         weights = tl.where(_is_contrast(col, own, count, BLOCK_M, BLOCK_EDGE, HAS_SELF), weights, 0.0)
         total = _add_weighted(total, weights, cols, cols_low, TERMS)
 
-    total *= scale / STRETCH * _power_of_two(_exponent(LARGEST_GRAD) - 12)
+    total *= scale / STRETCH * power_of_two(exponent_of(LARGEST_GRAD) - 12)
     features = first_feature + tl.arange(0, BLOCK_OUT)
     out = OUT + (tl.program_id(1).to(tl.int64) * num_rows + index)[:, None] * num_features + features[None, :]
     tl.store(out, total, mask=(index < num_rows)[:, None] & (features < num_features)[None, :])

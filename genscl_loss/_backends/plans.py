@@ -1,8 +1,9 @@
 """Tile shapes of the kernels, for each GPU generation, width of the rows and number of fp16 terms.
 
 A fixed table: nothing is tried out while a program runs, so a batch size never costs seconds when it is first seen, and
-the same inputs give the same bits everywhere on one generation. Each line compiles without spilling a register; the
-tests compile all of them.
+the same inputs give the same bits everywhere on one generation. Each line compiles without spilling a register, and on
+sm_90 copies the next tile while it works on one; the tests compile all of them. No line was timed yet: `python
+benchmarks/tune.py` tries others out on a GPU.
 """
 
 from typing import NamedTuple
@@ -79,15 +80,15 @@ _FORWARD = {
           16 1  128 128 64  16  8 3 2
           32 1  128 128 64  32  8 3 2
           64 1  128 128 64  64  8 3 2
-         128 1  128 128 64 128  8 2 2
-         256 1  128 128 64 256  8 2 1
+         128 1  256  64 32 128  8 3 2
+         256 1  128  64 32 256  8 3 1
          512 1  128 256 64  64  8 3 1
          768 1  128 256 64  64  8 3 1
         1024 1  128 256 64  64  8 3 1
-          16 2  128 128 64  16  8 2 2
-          32 2  128 128 64  32  8 2 2
-          64 2  128 128 64  64  8 2 2
-         128 2  128 128 64 128  8 2 1
+          16 2  128 128 64  16  8 3 2
+          32 2  128 128 64  32  8 3 2
+          64 2  128  64 32  64  8 3 2
+         128 2  128  64 32 128  8 3 1
          256 2  128 256 64  32  8 3 1
          512 2  128 256 64  32  8 3 1
          768 2  128 256 64  32  8 3 1
@@ -153,19 +154,19 @@ _BACKWARD = {
           16 1  128  64 32  16  4 3 2
           32 1  128  64 32  32  4 3 2
           64 1  128  64 32  64  4 3 2
-         128 1   64 128 32 128  4 2 2
-         256 1   64  64 32 256  4 2 2
-         512 1   64 128 32  64  8 2 1
-         768 1   64 128 32  64  8 2 1
-        1024 1   64 128 32  64  8 2 1
-          16 2  128  64 32  16  8 2 2
-          32 2  128  64 32  32  8 2 2
-          64 2  128  64 32  64  8 2 1
-         128 2   64  64 32 128  4 2 2
-         256 2  128  32 32 256  8 2 1
-         512 2  128 128 64  32  8 2 1
-         768 2  128 128 64  32  8 2 1
-        1024 2  128 128 64  32  8 2 1
+         128 1   64 128 32 128  4 3 2
+         256 1  128  64 32 256  8 3 1
+         512 1   64 128 32  64  8 3 1
+         768 1   64 128 32  64  8 3 1
+        1024 1   64 128 32  64  8 3 1
+          16 2  128  64 32  16  8 3 2
+          32 2  128  64 32  32  8 3 2
+          64 2  128  64 32  64  8 3 2
+         128 2   64  32 32 128  4 3 2
+         256 2  128  32 32 256  8 3 1
+         512 2  128 128 64  32  8 3 1
+         768 2  128 128 64  32  8 3 1
+        1024 2  128 128 64  32  8 3 1
     """),
     100: _plans("""
           16 1  128  64 32  16  4 3 2

@@ -6,7 +6,8 @@ For rows z_i and the similarity of labels w (`labels.py`) the loss needs, of eac
 
 and no matrix w: one operator (`operator.py`) that knows nothing of temperatures or exponentials, which are the other
 half (`genscl_loss._backends`). An implementation is a pair of pure functions in a file of its own, as `align` and
-`align_grad` are. `sums.py` has four ways to sum over positives; `alignment.py` takes the cheapest that is exact.
+`align_grad` are, and those of `fused.py` in Triton kernels. `sums.py` has four
+ways to sum over positives; `alignment.py` takes the cheapest that is exact.
 """
 
 from genscl_loss._positives.alignment import Labelled, align, align_grad
@@ -19,7 +20,7 @@ from genscl_loss._positives.labels import (
     num_classes,
     similarity_matrix,
 )
-from genscl_loss._positives.operator import labelled, mirrored_positives, positives
+from genscl_loss._positives.operator import compared, labelled, mirrored_positives, positives
 
 __all__ = [
     "ClassLabels",
@@ -29,6 +30,7 @@ __all__ = [
     "VectorLabels",
     "align",
     "align_grad",
+    "compared",
     "has_gradient",
     "labelled",
     "mirrored_positives",

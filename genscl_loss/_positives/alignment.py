@@ -151,6 +151,7 @@ def _weights(given: Labelled, columns: int, *, may_be_float32: bool = True) -> t
         sides = [a] if itself else [a, b]
         # One more than the largest; off the CPU, where reading it would wait, as many as there could be.
         on_cpu = a.device.type == "cpu"
+        # And one for the class of contrasts that are there for no one.
         width = 1 + (max((int(y.max()) for y in sides if len(y)), default=0) if on_cpu else sum(map(len, sides)))
         left = Classes(a, width)
         return Weights(left, left if itself else Classes(b, width), offset, by_class), z.dtype

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscl_loss._library import define_operator, matmul, only_once, without_autocast
+from genscl_loss._library import define_operator, matmul, on_device, only_once, without_autocast
+from genscl_loss._positives import fused
 from genscl_loss._positives.alignment import Labelled, align, align_grad
 from genscl_loss._positives.labels import (
     ClassLabels,
@@ -118,6 +119,36 @@ _positives_grad = define_operator(
     f"(Tensor u, Tensor? v, {_ARGUMENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,
+)
+
+
+# ---- Class numbers for kernels ----
+
+
+def compared(classes: ClassLabels, are_contrasts: bool) -> ClassLabels:
+    """Classes as numbers of a kernel that compares them; `are_contrasts`: the anchors are the contrasts."""
+    a, b = _class_numbers(classes.anchors, None if are_contrasts else classes.contrasts)
+    return ClassLabels(a, a if are_contrasts else b, are_numbers=True)
+
+
+def _class_numbers_kernel(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    with on_device(a.device):
+        numbers = fused.class_numbers(a, b)
+    left, right = class_numbers(ClassLabels(a, a if b is None else b)) if numbers is None else numbers
+    return left, left.new_empty(0) if b is None or right is None else right
+
+
+def _class_numbers_fake(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    sizes = (a.shape[0], 0 if b is None else b.shape[0])
+    left, right = (a.new_empty(size, dtype=torch.int64) for size in sizes)
+    return left, right
+
+
+_class_numbers = define_operator(
+    "class_numbers",
+    "(Tensor a, Tensor? b) -> (Tensor, Tensor)",
+    kernel=_class_numbers_kernel,
+    fake=_class_numbers_fake,
 )
 
 
