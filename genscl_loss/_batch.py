@@ -119,7 +119,7 @@ def make_batch(
     if there is not None:
         anchors, contrasts = _without(anchors, there.anchors), _without(contrasts, there.contrasts)
         own, teacher = there.labels(own), None if teacher is None else there.labels(teacher)
-        weight = _without(anchors.new_ones(len(anchors)) if weight is None else weight, there.anchors)
+        weight = _without(anchors.new_ones(anchors.shape[0]) if weight is None else weight, there.anchors)
     views.check_values(anchors, contrasts)
     is_paired = labels is None and label_similarity is None and teacher is None and there is None
     return Batch(

@@ -99,15 +99,16 @@ def test_any_memory(backend, monkeypatch, problem):
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "none", "similarity"])
+@pytest.mark.usefixtures("small_tile")
 def test_an_empty_memory_is_the_batch_alone(backend, kind):
     """Bit for bit, so by the same way: half the work of the other one."""
-    features, labels = rows(N, V, D).float(), labels_of(kind, "all", 0)
+    features, labels = rows(N, V, D).float().requires_grad_(), labels_of(kind, "all", 0)
     empty = {"contrast_features": torch.zeros(0, D), "include_batch": True}
     alone = {name: value for name, value in labels.items() if not name.startswith("contrast")}
-    assert torch.equal(
-        gen_supcon_loss(features, **labels, **empty, backend=backend),
-        gen_supcon_loss(features, **alone, backend=backend),
-    )
+    ours = gen_supcon_loss(features, **labels, **empty, backend=backend)
+    theirs = gen_supcon_loss(features, **alone, backend=backend)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(loss, features)[0] for loss in (ours, theirs)))
 
 
 def test_an_empty_memory_that_has_a_gradient_gets_one():

@@ -283,6 +283,23 @@ def test_compiled_with_padding_to_one_shape(dynamic):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("ignored", [None, 1])
+def test_exported_for_batches_of_any_size(backend, ignored):
+    class Loss(torch.nn.Module):
+        def forward(self, z: Tensor, y: Tensor, there: Tensor) -> Tensor:
+            weight = there if ignored is None else None
+            return gen_supcon_loss(z, y, contrast_weight=weight, ignore_index=ignored, backend=backend)
+
+    def batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        return rows(n, V, D), hard(n), torch.arange(n) % 3 > 0
+
+    size = {0: torch.export.Dim("size", min=4, max=1000)}
+    for strict in (False, True):
+        program = torch.export.export(Loss(), batch(9), dynamic_shapes=(size, size, size), strict=strict)
+        torch.testing.assert_close(program.module()(*batch(20)), Loss()(*batch(20)))
+
+
 # ---- What they are for ----
 
 

@@ -270,3 +270,10 @@ def test_arguments_have_the_names_and_defaults_of_the_loss():
     assert {name: theirs[name].default for name in ours if name != "min_similarity"} == {
         name: parameter.default for name, parameter in ours.items() if name != "min_similarity"
     }
+
+
+@pytest.mark.parametrize("options", [{"contrast_weight": torch.tensor([1, 1, 0])}, {"ignore_index": 1}])
+def test_rows_that_are_not_there_are_not_near(options):
+    """Not even nearer than a positive on the other side."""
+    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    assert contrastive_accuracy(features, torch.tensor([0, 0, 1]), **options) == 1

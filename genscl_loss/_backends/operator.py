@@ -74,7 +74,7 @@ def _entries_up_to_one(
 
 def _power_of_two(rows: Tensor) -> Tensor:
     """What brings the largest entry between a half and one."""
-    largest = rows.detach().abs().amax() if len(rows) else rows.new_ones(())
+    largest = rows.detach().abs().amax() if rows.shape[0] else rows.new_ones(())
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
 
 
