@@ -122,8 +122,8 @@ def gen_supcon_loss(
             divided by the sum of the weights, and 0 if that is 0.
         contrast_weight: c_j >= 0, multiplies :math:`e^{s_{ij}}` in the sum over contrasts, and nothing else: (N,) or
             (N, V) for the batch; with `contrast_features` one for each contrast. A row of weight 0 is not there, as if
-            it had been left out of all arguments, whatever it holds: it is no contrast, no positive and no anchor; its
-            loss is 0, and the mean does not count it. No gradient.
+            it had been left out of all arguments, whatever features it holds: it is no contrast, no positive and no
+            anchor; its loss is 0, and the mean does not count it. No gradient.
         ignore_index: A class number whose rows, in `labels` and `contrast_labels`, are not there in this sense. For a
             GPU as for compiled code, nothing has to be looked up or filtered.
         empty_anchors: What anchors without positives (W_i <= 1e-8) count. "zero": 0 in the mean, as in the paper's
