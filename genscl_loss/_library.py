@@ -92,12 +92,65 @@ def define_operator(
         torch.library.register_autograd(qualified, run_backward, setup_context=save, lib=_library)
     operator = getattr(getattr(torch.ops, _namespace), name).default
 
+    return _shortest_way(operator, run_kernel, None if backward is None else _function(run_kernel, save, run_backward))
+
+
+def _shortest_way(
+    operator: Callable[..., Any], kernel: Callable[..., Any], function: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """The operator; or, where nobody would notice, the function with its derivative, or, without gradients, the kernel.
+
+    Through the dispatcher a call takes three times as long, which is most of the time of a small batch.
+    """
+
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if forward_ad._current_level >= 0:
             _refuse_tangents(args)
-        return operator(*args)
+        if not _are_plain(args):
+            return operator(*args)
+        if function is not None and torch.is_grad_enabled():
+            return function(*args)
+        with torch.no_grad():
+            return kernel(*args)
 
     return call
+
+
+def _function(
+    kernel: Callable[..., Any], setup_context: Callable[..., None], derivative: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A kernel with its derivative, as registered with the operator."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = kernel(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return derivative(ctx, *grads)
+
+    apply: Callable[..., Any] = Direct.apply
+    return apply
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether tensors are just that, and nobody records or transforms what happens to them."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    tensors = [x for value in args for x in (value if type(value) is list else (value,)) if isinstance(x, Tensor)]
+    return all(type(x) in _PLAIN and x.device.type != "meta" for x in tensors)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _refuse_tangents(args: tuple[Any, ...]) -> None:

@@ -90,8 +90,10 @@ def backend(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def small_tile(monkeypatch) -> int:
-    """Make the tiled backend's tiles so small that a batch of ten rows spans several of them."""
+@pytest.fixture(params=[False, True], ids=["together", "alone"])
+def small_tile(request, monkeypatch) -> int:
+    """Make the tiled backend's tiles so small that a batch of ten rows spans several, each by all threads or by one."""
     monkeypatch.setattr("genscl_loss._backends.tiled.TILE", 4)
+    if request.param:
+        monkeypatch.setattr("genscl_loss._backends.tiled._WORK", 0)
     return 4
