@@ -62,11 +62,19 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
+@pytest.fixture
+def _elsewhere(tmp_path, monkeypatch):
+    """A working directory for what a block writes to."""
+    monkeypatch.chdir(tmp_path)
+
+
 def execute(source, path, line, namespace):
     # The blank lines in front make a traceback name the line in the page.
     exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # of a trainer where there is no GPU
+@pytest.mark.usefixtures("_elsewhere")
 @pytest.mark.parametrize(("path", "line", "source", "printed"), list(python_blocks()))
 def test_python_block_runs(path, line, source, printed, capsys):
     torch.manual_seed(0)
@@ -92,7 +100,8 @@ def sections():
     ends = [start for start, _ in heads[1:]] + [len(text)]
     for (start, name), end in zip(heads, ends, strict=True):
         blocks = [(m[1] or "", m[2], text.count("\n", 0, m.start(2)) + 1) for m in TITLED.finditer(text, start, end)]
-        yield pytest.param(blocks, id=name)
+        if blocks:
+            yield pytest.param(blocks, id=name)
 
 
 def run_side(blocks, side):
@@ -149,9 +158,34 @@ class OfficialGenSCL:
         return test_parity.official(features, labels, **self.options)
 
 
+def of_solo_learn(z, indexes, temperature=0.1):
+    """In place of a function of solo-learn: positives are added up inside of the logarithm."""
+    z = torch.nn.functional.normalize(z, dim=-1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    positives = logits.masked_fill(indexes[:, None] != indexes, -torch.inf)
+    return (logits.logsumexp(1) - positives.logsumexp(1)).mean()
+
+
+class OfOpenCLIP:
+    """In place of open_clip's loss, which is for unit rows."""
+
+    def __call__(self, image, text, logit_scale):
+        logits, pairs = logit_scale * image @ text.T, torch.arange(len(image))
+        cross_entropy = torch.nn.functional.cross_entropy
+        return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
+
+
+STAND_INS = [
+    ("losses", "SupConLoss", OfSupContrast),
+    ("loss", "GenSupConLoss", OfficialGenSCL),
+    ("solo.losses.simclr", "simclr_loss_func", of_solo_learn),
+    ("open_clip", "ClipLoss", OfOpenCLIP),
+]
+
+
 @pytest.fixture
 def _files_of_others(monkeypatch):
-    for file, name, stand_in in (("losses", "SupConLoss", OfSupContrast), ("loss", "GenSupConLoss", OfficialGenSCL)):
+    for file, name, stand_in in STAND_INS:
         module = ModuleType(file)
         setattr(module, name, stand_in)
         monkeypatch.setitem(sys.modules, file, module)
@@ -170,6 +204,25 @@ def test_before_is_what_after_replaces(blocks):
     for (_, theirs), (title, ours) in zip(before, after, strict=True):
         if title == "After":  # and not "After: another loss"
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_of_kornia_are_what_was_mixed():
+    pytest.importorskip("kornia")
+    (blocks,) = next(param.values for param in sections() if param.id == "kornia")
+    classes = torch.arange(8) % 5
+    images = torch.nn.functional.one_hot(classes, 10)[:, :, None, None].expand(8, 10, 32, 32).float()
+    namespace = {}
+    torch.manual_seed(0)
+    for title, source, line in blocks:
+        if not title:
+            execute(source, COMPARISONS, line, namespace)
+            namespace |= {"encoder": lambda x: x.flatten(1), "images": [images, images], "labels": classes}
+        elif title == "Before":
+            execute(source, COMPARISONS, line, namespace)
+    # How much of an image is of which class can be read from its channels.
+    torch.testing.assert_close(namespace["targets"][0], namespace["blended"].mean((2, 3)))
+    torch.testing.assert_close(namespace["targets"][1], namespace["pasted"].mean((2, 3)))
+    assert (namespace["targets"][0].amax(1) < 1).any()
 
 
 @pytest.mark.parametrize(("path", "target"), list(local_links()))
