@@ -190,6 +190,7 @@ def test_pages_know_the_repository_and_the_newest_of_them(branch):
 def test_the_page_for_missing_pages_works_in_any_folder(branch):
     page = (branch / "latest" / "404.html").read_text(encoding="utf-8")
     assert '"base": "/some-loss/latest/"' in page  # where the search finds its index
+    assert '<a id="wanted" href="/some-loss/latest/index.html">' in page  # leads to a search for the address's words
     for address in re.findall(r'(?:href|src)="([^"]+)"', page):
         assert re.match(r"https://|#|data:|/some-loss/latest/", address), address
     for address in re.findall(r'<link rel="stylesheet" href="([^"]+)"', page):
