@@ -83,7 +83,8 @@ CHIPS = {
 }
 TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 PREFETCHING = (90,)  # whose lines have to
-FAST_FLOAT64 = (80, 90, 100)  # with tensor cores for it
+FAST_FLOAT64 = (80, 90, 100)
+FLOAT64_TENSOR_CORES = (80, 90)  # that Triton uses: on sm_100 it multiplies float64 without them
 L2_BYTES = 32  # per cycle and multiprocessor: an assumption
 
 
@@ -394,7 +395,7 @@ def faults(launch: Launch, made: Compiled) -> list[str]:
         found.append(f"{made.spilled} bytes spilled, {made.stack} bytes of stack")
     if made.shared > CHIPS[launch.arch].shared_per_program * 1024:
         found.append(f"{made.shared / 1024:.0f} KB of shared memory")
-    if launch.kernel in ("label_sums", "align", "align_grad") and launch.arch in FAST_FLOAT64:
+    if launch.kernel in ("label_sums", "align", "align_grad") and launch.arch in FLOAT64_TENSOR_CORES:
         found += [] if made.float64_products else ["products of float64 without tensor cores"]
     if "BLOCK_EDGE" in launch.constants and made.in_flight == 0 and launch.arch in PREFETCHING:
         found.append("no prefetch: the main loop waits for what it has just asked for")

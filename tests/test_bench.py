@@ -30,6 +30,8 @@ FILES = ["cases", "contenders", "reference", "meters", "measure", "ceilings"]
 FILES += ["roofline", "figures", "report", "plot", "bench_loss", "bench_distributed"]
 ALONE = {"fit_choice", "kernel_report", "report_training", "training_plan"}  # import none of them
 LAST = {
+    "gpu",
+    "tune",
     "accuracy",
     "bench_cached",
     "bench_grid",

@@ -249,19 +249,23 @@ def _apply(
     out = parts.new_empty(n, d) if num_parts > 1 else parts[0]
     grid = (-(-n // _BLOCK_M),)
     offset, has_self = self_offset or 0, self_offset is not None
-    options: dict[str, Any] = {"LAST": is_last, "WITH_DOTS": dots is not None, "num_warps": 4}
+    options: dict[str, Any] = {"LAST": is_last, "WITH_DOTS": dots is not None}
     some_dots = u if dots is None else dots  # any tensor stands for what is not written
     block = _block_of(d)
     if rows.is_hard:
         _kernels().align_classes_grad[grid](
             parts, *_rows(rows), *_rows(others), rows.labels, others.labels, plain, weighted, u, u, largest_u, out,
-            some_dots, num_parts, n, len(others.rows), d, size, offset, _BLOCK_M, block, *roles, has_self, **options,
+            some_dots, num_parts, n, len(others.rows), d, size, offset, _BLOCK_M, block, *roles, has_self,
+            num_warps=4, **options,
         )  # fmt: skip
         return out
-    _kernels().align_grad[grid](
+    # Few rows where blocks are summed over too, and all registers, for without being asked the assembler saves some.
+    block_m = _BLOCK_M if blocks is None else _BLOCK_M // 2
+    _kernels().align_grad[-(-n // block_m),](
         parts, *_rows(rows), *_rows(others), *_labels(rows), *_labels(others), plain, weighted, u, u, out, some_dots,
         num_parts, n, len(others.rows), d, rows.num_columns, offset, blocks or n, size,
-        _BLOCK_M, block, 16, *roles, has_self, blocks is not None, _wide(others, self_offset), **options,
+        block_m, min(block, 32), 16, *roles, has_self, blocks is not None, _wide(others, self_offset),
+        num_warps=8 if blocks is None else 4, maxnreg=248, **options,
     )  # fmt: skip
     return out
 
