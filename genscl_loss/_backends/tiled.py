@@ -41,7 +41,7 @@ _EXPONENT_RANGE = {torch.float32: (60.0, -102.0), torch.float64: (480.0, -960.0)
 
 # From so many multiplications on, a logit being worth some, each tile is left to one thread. Not before: the threads
 # that share torch's operations wait for the next one for up to ten milliseconds, and are in the way of others then.
-_WORK = 2**29
+_WORK = 2**31
 _LOGIT = 64
 _CHAINS = 8  # of tiles, one after the other, that can then be under way at a time
 
