@@ -11,7 +11,7 @@ SHARE := --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types coverage docs bench demo build test-wheel test-oldest clean
+.PHONY: help setup test test-all lint types coverage docs bench demo notebooks build test-wheel test-oldest clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ bench: $(VENV)/.installed-bench  ## Measure time and memory of the loss
 
 demo: $(VENV)/.installed-examples  ## Train on scikit-learn's digits and plot the result
 	$(BIN)/python examples/digits_demo.py $(ARGS)
+
+notebooks: setup  ## Run the notebooks of examples/ and keep what they print
+	$(BIN)/python tests/notebooks.py
 
 build: $(VENV)/.installed-release  ## Build and check the wheel and the source archive: dist/
 	rm -rf dist
