@@ -14,7 +14,8 @@ SHARE := --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types coverage docs docs-release bench gpu demo build test-wheel test-oldest clean
+.PHONY: help setup test test-all lint types coverage docs docs-release bench gpu demo notebooks build test-wheel
+.PHONY: test-oldest clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -59,6 +60,9 @@ gpu:  ## All that needs a GPU, in three parts of ten minutes: ARGS="--part 1"; A
 
 demo: $(VENV)/.installed-examples  ## Train on scikit-learn's digits and plot the result
 	$(BIN)/python examples/digits_demo.py $(ARGS)
+
+notebooks: setup  ## Run the notebooks of examples/ and keep what they print
+	$(BIN)/python tests/notebooks.py
 
 build: $(VENV)/.installed-release  ## Build and check the wheel and the source archive: dist/
 	rm -rf dist

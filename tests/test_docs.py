@@ -64,8 +64,11 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.fixture
 def _elsewhere(tmp_path, monkeypatch):
-    """A working directory for what a block writes to."""
+    """A working directory for what a block writes to, and a trainer's choice of device forgotten after it."""
     monkeypatch.chdir(tmp_path)
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def execute(source, path, line, namespace):

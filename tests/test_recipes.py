@@ -178,6 +178,11 @@ def test_the_linear_cross_entropy_is_the_cross_entropy():
     weight = got["classifier"].weight
     same(*(torch.autograd.grad(loss, weight)[0] for loss in (got["loss"], plain)))
 
+    options = {"normalize": False, "temperature": 1.0, "base_temperature": None}
+    soft, few = torch.rand(512, 50).softmax(1), weight[:50]
+    loss = gen_supcon_loss(got["hidden"], soft, contrast_features=few, contrast_labels=torch.eye(50), **options)
+    same(loss, cross_entropy(got["hidden"] @ few.T, soft))
+
 
 def test_chunks_under_amp_and_ddp_have_the_gradient_of_the_whole_batch(monkeypatch):
     monkeypatch.setattr(torch.nn, "Dropout", lambda p: torch.nn.Identity())  # whose draws could not be repeated

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHOWN = ("*.md", "LICENSE", "benchmarks/**/*", "examples/*", "genscl_loss/_backends/plans.py")
-SUFFIXES = {"", ".md", ".py", ".json", ".png"}
+SUFFIXES = {"", ".md", ".py", ".json", ".png", ".ipynb"}
 REPLACED = {"benchmarks/results/README.md": "benchmarks.md"}  # by pages of the site
 NEWEST = "latest"  # the name under which the newest release has its pages too
 LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
@@ -58,8 +58,6 @@ def on_page_markdown(markdown, page, config, files):
     inside = Path(file.abs_src_path).is_relative_to(config["docs_dir"])
     source = posixpath.join("docs", file.src_uri) if inside else file.src_uri
     page.edit_url = edit_address(config.repo_url, file.abs_src_path)
-    if not inside and source != "README.md":
-        page.meta.setdefault("search", {"boost": 0.3})  # found after the pages that are written for users
 
     def lead(found):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[2]))
