@@ -83,12 +83,12 @@ test-wheel: build  ## Run the tests against the built wheel
 	    --deselect tests/test_docs.py::test_local_link_resolves --pyargs tests/ genscl_loss $(ARGS)
 
 # The oldest versions that pyproject.toml allows, of what a release of torch comes with. Everything else as ever.
-OLDEST := torch==2.8.0 triton==3.4.0 numpy==2.3.5
+OLDEST := torch==2.6.0 triton==3.2.0 sympy==1.13.1 numpy==2.3.5
 
 test-oldest: $(VENV)/.created  ## Run the tests with the oldest PyTorch that is supported
 	rm -rf build/oldest
 	mkdir -p build/oldest
-	grep -vE '^(torch|triton|numpy)==' constraints.txt > build/oldest/constraints.txt
+	grep -vE '^(torch|triton|sympy|numpy)==' constraints.txt > build/oldest/constraints.txt
 	printf '%s\n' $(OLDEST) >> build/oldest/constraints.txt
 	$(BIN)/python -m venv build/oldest/.venv
 	build/oldest/.venv/bin/python -m pip install --quiet --editable '.[dev]' --requirement docs/requirements.txt \

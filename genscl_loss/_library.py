@@ -5,6 +5,7 @@ formula, and autocast is off inside both: similarities computed in half precisio
 gradient.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -189,6 +190,29 @@ class _Once(torch.autograd.Function):
 def is_batched(gradient: Tensor | None) -> bool:
     """Whether it stands for several gradients, as `is_grads_batched` of `torch.autograd.grad` makes them."""
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def constant(function: Any) -> Any:
+    """Have `torch.compile` take the result as it is while tracing.
+
+    What `torch.compiler.assume_constant_result` does, without importing the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces what calls this."""
+    return torch.compiler.is_exporting() if _CAN_TELL_EXPORTS else _is_exporting()
+
+
+_CAN_TELL_EXPORTS = hasattr(torch.compiler, "is_exporting")
+
+
+@constant
+def _is_exporting() -> bool:
+    """As above with torch 2.6, which keeps it to itself: it notes how it exports, as long as it does."""
+    return getattr(sys.modules.get("torch.export._trace"), "_EXPORT_FLAGS", None) is not None
 
 
 def has_fast_float64(device: torch.device) -> bool:

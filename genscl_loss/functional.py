@@ -411,7 +411,7 @@ def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, mem
     if problem.reduction == "sum":
         return (total * factor).to(dtype)
     if weight is None:
-        return total * (factor / (num_anchors or 1))
+        return total * (factor / max(num_anchors, 1))
     weights = _sum(weight, members)
     return (total * factor / torch.where(weights > 0, weights, 1)).to(dtype)
 

@@ -12,11 +12,14 @@ from devices import run_losses_on
 from grids import covering
 from hypothesis import HealthCheck, settings
 
+from genscl_loss._backends import fused
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, also in what they start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None and not fused._is_too_old()
+INTERPRETED = _HAS_TRITON and not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on the CPU, as Python
 

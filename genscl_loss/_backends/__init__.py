@@ -16,8 +16,9 @@ that chooses; a backend asked for by name is used or refused, never replaced.
 import torch
 
 from genscl_loss._backends import dense
-from genscl_loss._backends.choice import auto_backend, available_backends, choose, constant
+from genscl_loss._backends.choice import auto_backend, available_backends, choose
 from genscl_loss._backends.operator import mirrored_row_lse, row_lse
+from genscl_loss._library import constant
 
 __all__ = [
     "auto_backend",

@@ -11,7 +11,6 @@ the dense equation are taken while they are small, or not much larger than featu
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from genscl_loss._backends import fused
 from genscl_loss._backends.plans import MAX_FEATURES
 from genscl_loss._checks import is_transformed
 from genscl_loss._choices import BACKENDS
+from genscl_loss._library import constant, is_exporting
 
 _MATRICES = 7  # halves of a matrix that the dense equation holds at its peak
 _SMALL = 2**26  # bytes of them that never matter
@@ -216,16 +216,7 @@ def _is_symbolic(*sizes: int) -> bool:
     """Whether an exported program is to serve other sizes too. Traced by Dynamo, a size does not tell."""
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return True
-    return torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
-
-
-def constant(function: Any) -> Any:
-    """Have `torch.compile` take the result as it is while tracing.
-
-    What `torch.compiler.assume_constant_result` does, without importing the compiler.
-    """
-    function._dynamo_marked_constant = True
-    return function
+    return is_exporting() and torch.compiler.is_dynamo_compiling()
 
 
 _unavailable = constant(fused.unavailable)
