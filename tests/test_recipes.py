@@ -83,6 +83,8 @@ def test_cross_batch_memory_contrasts_with_the_batch_and_older_rows():
 def test_moco_has_the_key_as_the_positive_and_the_queue_behind():
     got = run("MoCo: momentum encoder and queue")
     assert got["contrasts"].shape == (64 + 128, 128)
+    same(got["contrasts"][:64], got["keys"])
+    same(got["contrasts"][64:], got["queue"].features[:128])  # enqueued before, without these keys
     logits = normalize(got["encoder"](got["view0"])) @ normalize(got["contrasts"]).T / 0.07
     same(got["loss"], cross_entropy(logits, torch.arange(64)))
 
