@@ -18,6 +18,7 @@ LIMIT = 60  # seconds: a hang is a failure
 FORKS = multiprocessing.get_context("forkserver")
 # What takes long to import is imported once, and forked. Threads would not be: nothing is computed there.
 FORKS.set_forkserver_preload(["numpy", "pytest", "torch._dynamo", "torch.distributed.fsdp"])
+SHARDS = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 has `fully_shard` for GPUs only
 
 
 def run(world: int, function: Callable[..., Any], folder: Path, *arguments: Any, limit: float = LIMIT) -> list[Any]:

@@ -523,7 +523,8 @@ def test_several_processes(world, tmp_path: Path):
 
 
 def test_several_processes_otherwise(tmp_path: Path):
-    cases = [((11, 3), "buffers", 2), ((11, 3), "inside", 2), ((11, 9), "fsdp", 2)]  # the last as many chunks
+    cases = [((11, 3), "buffers", 2), ((11, 3), "inside", 2)]
+    cases += [((11, 9), "fsdp", 2)] * distributed.SHARDS  # as many chunks in both
     for found in distributed.run(2, all_of, tmp_path, cases, limit=180):
         assert all(max(errors) < 1e-12 for errors, _ in found), found
 

@@ -286,7 +286,7 @@ def training_matches(kind: str) -> list[float]:
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "accumulation", "fsdp", "compile", "compiled whole"])
+@pytest.mark.parametrize("kind", ["ddp", "accumulation", *["fsdp"] * distributed.SHARDS, "compile", "compiled whole"])
 def test_training_matches_one_process(kind, tmp_path: Path):
     for errors in distributed.run(2, training_matches, tmp_path, kind):
         assert max(errors) <= 1e-10

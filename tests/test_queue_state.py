@@ -414,7 +414,7 @@ def test_a_distributed_checkpoint_of_one_process(kind, tmp_path):
     assert_same(stateful, model.step(20))
 
 
-WRAPPERS = ["plain", "ddp", "compiled", "compiled ddp", "fsdp", "fully_shard"]
+WRAPPERS = ["plain", "ddp", "compiled", "compiled ddp", "fsdp", *["fully_shard"] * distributed.SHARDS]
 
 
 def wrap(model: nn.Module, wrapper: str) -> nn.Module:
