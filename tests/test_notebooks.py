@@ -16,7 +16,7 @@ import nbformat
 from notebooks import NOTEBOOKS, executed
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
+LINK = re.compile(r"\]\((?!https:)([^)#]+)[^)]*\)")
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
