@@ -46,12 +46,20 @@ _LONG += ["train_cifar", "compare_training", "bench_train", "momentum_queue", "m
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    never = [x for x in items if x.get_closest_marker("not_on_triton") and x.callspec.params["backend"] == "triton"]
+    never = [x for x in items if is_nothing_for_triton(x)]
     config.hook.pytest_deselected(items=never)
     items[:] = [item for item in items if item not in set(never)]
     mark_what_is_exhaustive(items)
     rank = {f"test_{name}": i for i, name in enumerate(_LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def is_nothing_for_triton(item: pytest.Item) -> bool:
+    """Whether a case of "triton" is marked so, or differs from another in how "tiled" cuts tiles."""
+    chosen = getattr(item, "callspec", None)
+    if chosen is None or chosen.params.get("backend") != "triton":
+        return False
+    return item.get_closest_marker("not_on_triton") is not None or chosen.params.get("small_tile") is True
 
 
 def comparable(value: object) -> Hashable:
