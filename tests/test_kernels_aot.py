@@ -86,13 +86,11 @@ def test_no_kernel_spills_or_exceeds_a_multiprocessor(rows):
 
 QUICK = ("--arch", "90", "--widths", "128", "--labels", "soft", "--problems", "self")
 QUICK += ("--kernel", "label_sums", "align_grad")
-EVERY = ("--widths", "16", "128", "1024", "--classes", "10", "1000", "--labels", "hard", "soft", "both")
-EVERY += ("--problems", "self", "rectangular", "first")
 
 
-@pytest.fixture(scope="session", params=["one line", pytest.param("all", marks=pytest.mark.exhaustive)])
-def label_rows(request, tmp_path_factory) -> list[dict]:
-    return report(tmp_path_factory.mktemp("labels"), *(QUICK if request.param == "one line" else EVERY))
+@pytest.fixture(scope="session")
+def label_rows(tmp_path_factory) -> list[dict]:
+    return report(tmp_path_factory.mktemp("labels"), *QUICK)
 
 
 def test_no_kernel_of_the_label_half_spills_or_exceeds_a_multiprocessor(label_rows):
