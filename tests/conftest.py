@@ -82,9 +82,14 @@ def case(item: pytest.Item) -> dict[str, Hashable]:
 
 
 def mark_what_is_exhaustive(items: list[pytest.Item]) -> None:
-    """Of each test the cases in which no two values meet that have not met (`grids.py`), beside what is marked so."""
+    """Of each test the cases in which no two values meet that have not met (`grids.py`), beside what is marked so.
+
+    And properties on "triton", which takes a second for an example that others have in a hundredth.
+    """
     grids: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if INTERPRETED and hasattr(item.obj, "hypothesis") and case(item).get("backend") == "triton":
+            item.add_marker("exhaustive")
         if not item.get_closest_marker("exhaustive"):
             grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for grid in grids.values():

@@ -164,6 +164,7 @@ def branch(copy, tmp_path_factory) -> Path:
 
 
 @needs_sources
+@pytest.mark.exhaustive
 def test_each_release_has_its_pages_and_the_newest_another_name(branch):
     listed = json.loads((branch / "versions.json").read_text(encoding="utf-8"))
     assert [(entry["version"], entry["aliases"]) for entry in listed] == [("1.1.0", ["latest"]), ("1.0.0", [])]
@@ -173,6 +174,7 @@ def test_each_release_has_its_pages_and_the_newest_another_name(branch):
 
 
 @needs_sources
+@pytest.mark.exhaustive
 def test_pages_know_the_repository_and_the_newest_of_them(branch):
     page = (branch / "1.0.0" / "loss.html").read_text(encoding="utf-8")
     assert f'<link rel="canonical" href="{PAGES}latest/loss.html">' in page
@@ -187,6 +189,7 @@ def test_pages_know_the_repository_and_the_newest_of_them(branch):
 
 
 @needs_sources
+@pytest.mark.exhaustive
 def test_the_page_for_missing_pages_works_in_any_folder(branch):
     page = (branch / "latest" / "404.html").read_text(encoding="utf-8")
     assert '"base": "/some-loss/latest/"' in page  # where the search finds its index
@@ -198,6 +201,7 @@ def test_the_page_for_missing_pages_works_in_any_folder(branch):
 
 
 @needs_sources
+@pytest.mark.exhaustive
 def test_the_list_of_versions_finds_the_same_page(branch):
     # The theme takes what all addresses begin with for that of the folder, and wants it among them.
     addresses = re.findall(r"<loc>(.*?)</loc>", (branch / "1.0.0" / "sitemap.xml").read_text(encoding="utf-8"))

@@ -45,6 +45,7 @@ def smoke(tmp_path_factory) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.exhaustive
 def test_the_report_is_complete(smoke):
     printed, report = smoke
     assert report.keys() >= {"date", "machine", "versions", "commit", "arguments", "processes", "collectives"}
@@ -64,12 +65,14 @@ def test_the_report_is_complete(smoke):
     assert os.uname().nodename not in text
 
 
+@pytest.mark.exhaustive
 def test_all_methods_have_the_loss_and_the_gradient_of_the_whole_batch(smoke):
     for row in smoke[1]["results"]:
         assert row["loss_error"] < 1e-6, row
         assert row["gradient_error"] < 1e-5, row
 
 
+@pytest.mark.exhaustive
 def test_the_formulas_count_what_travels(smoke):
     """Beside the numbers of the page, written out: 32 features, 10 classes, two processes."""
     for row in smoke[1]["results"]:
@@ -205,6 +208,7 @@ def test_the_page_has_the_numbers_of_the_reports():
     assert "{} to {} times, and {} to {} times".format(*extremes["dense"], *extremes["auto"]) in page
 
 
+@pytest.mark.exhaustive
 def test_the_example_of_the_page_runs(tmp_path):
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     (source,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

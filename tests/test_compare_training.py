@@ -84,6 +84,7 @@ def record(folder: Path, name: str) -> dict:
     return json.loads((folder / "results" / f"{name}.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_a_run_leaves_its_configuration_and_its_results(finished, data):
     one = record(finished, KD)
     assert one["run"] == KD
@@ -103,6 +104,7 @@ def test_a_run_leaves_its_configuration_and_its_results(finished, data):
     assert record(finished, f"choose/mix,lr={RATES[0]}/0")["config"]["test_images"] == 16  # 4 of each class, put aside
 
 
+@pytest.mark.exhaustive
 def test_the_chosen_settings_are_those_of_the_best_on_validation_images(finished):
     scores = {lr: record(finished, f"choose/ce_mix,lr={lr}/0")["results"]["linear"][0] for lr in RATES}
     best = max(scores, key=scores.get)  # the first of equals
@@ -121,12 +123,14 @@ def test_of_equals_the_first_is_chosen(tmp_path):
     assert plan.chosen("supcon", "choose") == (("lr", 0.001),)
 
 
+@pytest.mark.exhaustive
 def test_the_options_of_a_variant_reach_the_trainer(finished):
     assert record(finished, "ablation/mix,queue_size=1024/0")["config"]["queue_size"] == 1024
     assert record(finished, "few/mix/0")["config"]["queue_size"] == 0
     assert record(finished, KD)["config"]["teacher_weight"] == "inf"
 
 
+@pytest.mark.exhaustive
 def test_a_second_command_finds_nothing_to_do(finished, data):
     before = {path: path.stat().st_mtime_ns for path in (finished / "results").rglob("*.json")}
     assert len(before) == 4 + 3 + 1
@@ -134,6 +138,7 @@ def test_a_second_command_finds_nothing_to_do(finished, data):
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "results").rglob("*.json")}
 
 
+@pytest.mark.exhaustive
 def test_again_is_the_same_to_the_last_bit(finished, data):
     assert f"{KD}: again, the same to the last bit" in run(data, finished, "--again", KD)
     again = record(finished, f"{KD}.again")
@@ -147,6 +152,7 @@ def strip(one: dict) -> dict:
     return {name: value for name, value in one.items() if name != "seconds"}
 
 
+@pytest.mark.exhaustive
 def test_what_was_killed_goes_on_and_ends_as_if_it_was_not(finished, data, tmp_path):
     """Runner and training are killed within a run; and the weights of the teacher are gone afterwards."""
     tiny_plan(tmp_path)
@@ -201,6 +207,7 @@ def test_a_training_keeps_the_lock_of_a_command_that_died(tmp_path):
         assert held is not None
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_fails_does_not_stop_the_others(data, tmp_path):
     plan = json.loads(tiny_plan(tmp_path).read_text())
     few = plan["stages"]["few"] | {"variants": [{"method": "ce_mix", "lr": -1}, {"method": "kd"}, {"method": "mix"}]}

@@ -158,4 +158,4 @@ def test_a_step_of_the_kernels_is_twenty_launches(labels, d, monkeypatch):
     """On a GPU of many multiprocessors, where sums over rows and columns are split and have to be merged."""
     skip_without("triton")
     monkeypatch.setattr(fused, "_multiprocessors", lambda device: 132)
-    assert sum(count(labels, "triton", inside=True, n=700, d=d)) <= 20
+    assert sum(count(labels, "triton", inside=True, n=300, d=d)) <= 20

@@ -155,14 +155,14 @@ def test_the_learnable_temperature_gets_the_gradient_of_the_function(backend, ba
 
 @pytest.mark.strength(1)
 @pytest.mark.parametrize(("perfect", "seed"), [(True, None), (False, 0), (False, 1)])
-def test_two_hundred_adam_steps_keep_the_temperature_in_range(backend, perfect, seed):
+def test_steps_of_adam_keep_the_temperature_in_range(backend, perfect, seed):
     # perfectly separated features pull tau down to its bound, random ones push it up
     features = (
         torch.eye(8)[LABELS].repeat(2, 1, 1).transpose(0, 1) if perfect else random_features(N, V, D, seed).float()
     )
     loss = GenSupConLoss(learnable_temperature=True, backend=backend)
     optimizer = torch.optim.Adam(loss.parameters(), lr=5e-2)
-    for _ in range(200):
+    for _ in range(20 if backend == "triton" else 200):  # interpreted
         optimizer.zero_grad()
         value = loss(features, LABELS)
         value.backward()

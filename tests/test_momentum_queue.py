@@ -59,7 +59,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=needs_gloo)])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=[needs_gloo, pytest.mark.exhaustive])])
 def finished(request, tmp_path_factory) -> tuple[int, str, dict]:
     """The smoke run on one process and on two."""
     return request.param, *run_to(tmp_path_factory.mktemp("run") / "run.pt", processes=request.param)
@@ -99,7 +99,7 @@ def test_the_momentum_model_follows_slowly(finished):
     assert state["momentum_model"].keys() == state["model"].keys()
 
 
-@pytest.mark.parametrize("finished", [1, pytest.param(2, marks=[needs_gloo, pytest.mark.exhaustive])], indirect=True)
+@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on_as_if_it_was_not(finished, tmp_path):
     processes, printed, expected = finished
     # An odd number of steps of 50 rows: the queue, of 100, is not at its start.

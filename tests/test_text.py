@@ -45,6 +45,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=120)
 
 
+@pytest.mark.exhaustive
 def test_the_smoke_run_prints_two_accuracies_and_two_gains_for_every_method():
     done = run("--smoke")
     assert done.returncode == 0, done.stderr

@@ -128,6 +128,7 @@ def test_other_options_run(archive, tmp_path, options):
     assert 0 < state["history"][0]["loss"] < 20
 
 
+@pytest.mark.exhaustive
 def test_smoke_is_a_script_to_run(archive, tmp_path):
     arguments = ["--smoke", "--data", str(archive), "--out", str(tmp_path / "run"), "--per-class", "1"]
     done = subprocess.run(
@@ -207,6 +208,7 @@ def test_smoothing_leaves_a_share_to_every_class(archive, tmp_path, monkeypatch,
         assert rows.min().item() == pytest.approx(floor)
 
 
+@pytest.mark.exhaustive
 def test_the_teacher_alone(archive, tmp_path, monkeypatch):
     train(archive, tmp_path / "teacher", "--method", "ce")
     options = ["--teacher", str(tmp_path / "teacher" / "last.pt"), "--mix", "mixup"]

@@ -59,6 +59,8 @@ def two_hot(number: int, classes: int) -> torch.Tensor:
     ids=["W = 2e-5", "W = 1e-6", "two-hot, C = 8192"],
 )
 def test_trap_1_a_small_positive_mass_does_not_cancel(backend, labels, naive_error):
+    if backend == "triton" and labels.shape[1] == 8192:
+        pytest.skip("interpreted, as many classes take most of a minute: once, in test_gradients.py")
     features = random_features(64, 1, 32, seed=1)[:, 0].float()
     wanted = features.double().requires_grad_()
     expected = reference_loss(wanted, labels)
@@ -225,7 +227,7 @@ def test_trap_4_a_learnable_temperature_does_not_run_away(backend):
 
     loss = GenSupConLoss(learnable_temperature=True, backend=backend)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
-    for _ in range(200):
+    for _ in range(20 if backend == "triton" else 200):  # interpreted
         optimizer.zero_grad()
         value = loss(features, labels)
         value.backward()
