@@ -33,7 +33,7 @@ _SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, Health
 _settings = {"deadline": None, "suppress_health_check": _SUPPRESSED}
 settings.register_profile("dev", max_examples=20, **_settings)
 settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_settings)
-settings.register_profile("all", max_examples=100, derandomize=True, print_blob=True, **_settings)  # make test-all
+settings.register_profile("all", max_examples=50, derandomize=True, print_blob=True, **_settings)  # make test-all
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
