@@ -13,9 +13,8 @@ Where an anchor has but one positive, k, and q is the softmax of the others,
 
 neither is a difference of large numbers when a model is trained and p_ik is all but one.
 
-`equation` and `equation_of_pairs` are what has second derivatives; `log_likelihoods` gives the same with a first one
-that takes fewer passes over matrices and fewer calls into torch, of which small batches consist. A second derivative
-goes through the first.
+`log_likelihoods`, in plain operations, has derivatives of all kinds. `losses` has a first one of its own, in fewer
+passes over matrices and fewer calls into torch, of which small batches consist; a second one goes through the former.
 """
 
 from collections.abc import Sequence
@@ -28,8 +27,53 @@ from torch.nn.functional import logsigmoid
 
 from genscl_loss._backends import dense, row_lse
 from genscl_loss._checks import is_transformed
-from genscl_loss._library import is_batched, without_autocast
+from genscl_loss._library import as_tensor, is_batched, without_autocast
+from genscl_loss._likelihood import EPS, loss_of
 from genscl_loss._unit import inverse_lengths, unit_pair, unit_rows_grad
+
+_BLOCK = 512  # rows of a sum of a matrix and its transpose that exist at a time
+
+
+def losses(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    scale: Tensor | float,
+    weight: Tensor | None,
+    weights: Sequence[Tensor],
+    self_offset: int | None,
+    *,
+    normalize: bool,
+    is_probability: bool,
+    partner: int | None = None,
+    num_live: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """-sum_j w_ij log p_ij / (W_i + EPS) and W_i of each anchor, for each matrix of weights.
+
+    As often differentiable as wanted.
+
+    Args:
+        anchors: (A, D), of any length if they are to be normalised.
+        contrasts: (M, D); None: the anchors themselves.
+        scale: One over the temperature; a 0-dim tensor if it may have a gradient.
+        weight: Of each contrast, (M,), or None.
+        weights: (A, M), with zeros in the self terms.
+        self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
+        normalize: Whether rows are to be scaled to unit length.
+        is_probability: No contrast has a weight but zero or one: a loss below zero is then rounding.
+        partner: Contrast (i + partner) modulo M is all that anchor i has, with weight one, and there are no weights.
+        num_live: Contrasts that can have a gradient, the first ones; None: all.
+    """
+    options = self_offset, normalize, partner
+    if _needs_plain_operations(weights):
+        found = log_likelihoods(anchors, contrasts, as_tensor(scale, anchors), weight, weights, *options)
+        return [(loss_of(likelihood, mass, is_probability), mass) for likelihood, mass in found]
+    if partner is None:
+        masses = [w.sum(1) for w in weights]
+    else:
+        weights, masses = [_columns(partner, anchors, contrasts)], [anchors.new_ones(anchors.shape[0])]
+    rest = options, is_probability, num_live
+    found = _Losses.apply(anchors, contrasts, scale, weight, *rest, *weights, *masses)  # type: ignore[no-untyped-call]
+    return list(zip(found, masses, strict=True))
 
 
 def log_likelihoods(
@@ -40,59 +84,26 @@ def log_likelihoods(
     weights: Sequence[Tensor],
     self_offset: int | None,
     normalize: bool,
-    partner: int | None = None,
-    num_live: int | None = None,
+    partner: int | None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """sum_j w_ij log p_ij and W_i of each anchor, for each matrix of weights; as often differentiable as wanted.
-
-    Args:
-        anchors: (A, D), of any length if they are to be normalised.
-        contrasts: (M, D); None: the anchors themselves.
-        scale: 0-dim, one over the temperature.
-        weight: Of each contrast, (M,), or None.
-        weights: (A, M), with zeros in the self terms.
-        self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
-        normalize: Whether rows are to be scaled to unit length.
-        partner: Contrast (i + partner) modulo M is all that anchor i has, with weight one, and there are no weights.
-        num_live: Contrasts that can have a gradient, the first ones; None: all.
-    """
+    """sum_j w_ij log p_ij and W_i of each anchor; the arguments are those of `losses`."""
     if partner is not None:
-        if _needs_plain_operations(()):
-            likelihood = equation_of_pairs(anchors, contrasts, scale, self_offset, partner, normalize)
-        else:
-            likelihood = _Equation.apply(  # type: ignore[no-untyped-call]
-                anchors, contrasts, scale, None, self_offset, normalize, partner, num_live
-            )[0]
+        likelihood = _of_pairs_plainly(anchors, contrasts, scale, self_offset, normalize, partner)
         return [(likelihood, torch.ones_like(likelihood).detach())]
-    if _needs_plain_operations(weights):
-        return list(zip(*equation(anchors, contrasts, scale, weight, weights, self_offset, normalize), strict=True))
-    masses = [w.sum(1) for w in weights]
-    found = _Equation.apply(  # type: ignore[no-untyped-call]
-        anchors, contrasts, scale, weight, self_offset, normalize, None, num_live, *weights, *masses
-    )
-    return list(zip(found, masses, strict=True))
+    z, others = unit_pair(anchors, contrasts, normalize)
+    log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset, weight)
+    return [dense.log_likelihood(log_p, w) for w in weights]
 
 
-def equation(
+def _of_pairs_plainly(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
-    weight: Tensor | None,
-    weights: Sequence[Tensor],
     self_offset: int | None,
     normalize: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The likelihoods and the masses, in plain operations."""
-    z, others = unit_pair(anchors, contrasts, normalize)
-    log_p = dense.log_softmax(z, z if others is None else others, scale, self_offset, weight)
-    found = [dense.log_likelihood(log_p, w) for w in weights]
-    return [likelihood for likelihood, _ in found], [mass for _, mass in found]
-
-
-def equation_of_pairs(
-    anchors: Tensor, contrasts: Tensor | None, scale: Tensor, self_offset: int | None, partner: int, normalize: bool
+    partner: int,
 ) -> Tensor:
-    """The likelihood of the only positive of each anchor, in plain operations."""
+    """The likelihood of the only positive of each anchor."""
     z, others = unit_pair(anchors, contrasts, normalize)
     lse = row_lse(z, others, scale, self_offset, unit=normalize, precision="highest", backend="dense", partner=partner)
     positive = (z * _partners(z if others is None else others, partner, z.shape[0])).sum(1) * scale
@@ -116,94 +127,114 @@ def _needs_plain_operations(weights: Sequence[Tensor]) -> bool:
     return forward_ad._current_level >= 0 or is_transformed()
 
 
-class _Equation(torch.autograd.Function):
+class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         anchors: Tensor,
         contrasts: Tensor | None,
-        scale: Tensor,
+        scale: Tensor | float,
         weight: Tensor | None,
-        self_offset: int | None,
-        normalize: bool,
-        partner: int | None,
+        options: tuple[int | None, bool, int | None],
+        is_probability: bool,
         num_live: int | None,
         *weights_and_masses: Tensor,
     ) -> tuple[Tensor, ...]:
-        weights = weights_and_masses[: len(weights_and_masses) // 2]
+        self_offset, normalize, partner = options
+        weights, masses = _halves(weights_and_masses)
+        of_pairs: tuple[Tensor | None, ...] = (None, None)
         with without_autocast(anchors.device):
             z, factor = _unit(anchors, normalize)
             others, other_factor = (z, factor) if contrasts is None else _unit(contrasts, normalize)
             if partner is None:
-                log_p = dense.log_softmax(z, others, scale, self_offset, weight)
-                likelihoods, kept = tuple((w * log_p).sum(1) for w in weights), log_p
+                kept = dense.log_softmax(z, others, scale, self_offset, weight)
+                likelihoods = [(w * kept).sum(1) for w in weights]
             else:
-                likelihood, kept = _of_pairs(z, others, scale, self_offset, partner)
+                likelihood, kept, total = _of_pairs(z, others, scale, self_offset, weights[0])
                 if not normalize:  # NaN if an entry is infinite: a logit may pass for one that is merely large
                     likelihood += (torch.linalg.vector_norm(others, torch.inf) + torch.linalg.vector_norm(z, 1, 1)) * 0
-                likelihoods = (likelihood,)
-        rows = (anchors, contrasts, z, None if contrasts is None else others)
-        of_pairs = None if partner is None else likelihoods[0]
-        ctx.save_for_backward(*rows, scale, weight, kept, of_pairs, factor, other_factor, *weights_and_masses)
-        ctx.options = self_offset, normalize, partner
-        ctx.num_live = num_live
-        return likelihoods
+                likelihoods, of_pairs = [likelihood], (likelihood, total)
+            found = tuple(loss_of(x, mass, is_probability) for x, mass in zip(likelihoods, masses, strict=True))
+        ctx.known_scale, variable = (None, scale) if isinstance(scale, Tensor) else (scale, None)
+        rows = anchors, contrasts, z, None if contrasts is None else others, factor, other_factor
+        ctx.save_for_backward(*rows, variable, weight, kept, *of_pairs, *weights_and_masses)
+        ctx.options, ctx.is_probability, ctx.num_live = options, is_probability, num_live
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, contrasts, z, others, scale, weight, kept, of_pairs, factor, other_factor, *rest = ctx.saved_tensors
-        weights, masses, wanted = rest[: len(rest) // 2], rest[len(rest) // 2 :], ctx.needs_input_grad[:3]
-        none = [None] * (5 + len(rest))
+        anchors, contrasts, z, others, factor, other_factor, scale, weight, kept, *saved = ctx.saved_tensors
+        likelihood, total, *weights_and_masses = saved
+        (weights, masses), wanted = _halves(weights_and_masses), ctx.needs_input_grad[:3]
+        scale = ctx.known_scale if scale is None else scale
+        none = [None] * (4 + len(weights_and_masses))
         with without_autocast(anchors.device):
             if torch.is_grad_enabled() or any(map(is_batched, grads)):
-                return *_again(ctx, (anchors, contrasts, scale), weight, weights, grads), *none
-            d_logits = kept.exp() if weight is None else (kept + weight.log()).exp_()
-            if of_pairs is not None:
-                missing = grads[0] * torch.expm1(of_pairs)  # minus (1 - p)
-                d_logits.mul_(missing[:, None])
-                _fill(d_logits, ctx.options[2], missing.neg())
+                return *_again(ctx, (anchors, contrasts, as_tensor(scale, anchors)), weight, weights, grads), *none
+            per_mass = [(grad / (mass + EPS)).mul_(scale) for grad, mass in zip(grads, masses, strict=True)]
+            if likelihood is not None:
+                missing = torch.expm1(likelihood).mul_(per_mass[0])  # minus (1 - p)
+                d_logits = kept * (missing / total).neg_()[:, None]
+                d_logits.scatter_(1, weights[0], missing[:, None])
             else:
-                d_logits.mul_(sum(c * mass for c, mass in zip(grads, masses, strict=True)).neg()[:, None])
-                for c, w in zip(grads, weights, strict=True):
-                    d_logits.addcmul_(w, c[:, None])
-            d_z = d_logits @ (z if others is None else others)
-            d_scale = (z * d_z).sum().to(scale.dtype) if wanted[2] else None
+                d_logits = kept.exp() if weight is None else (kept + weight.log()).exp_()
+                of_all, *others_of_all = [c * mass for c, mass in zip(per_mass, masses, strict=True)]
+                d_logits.mul_(sum(others_of_all, of_all)[:, None])
+                for c, w in zip(per_mass, weights, strict=True):
+                    d_logits.addcmul_(w, c[:, None], value=-1)
             d_others = None
             if contrasts is None:
-                d_z.addmm_(d_logits.T, z).mul_(scale)
+                d_z = _times_symmetric(d_logits, z)
             else:
-                d_z.mul_(scale)
+                d_z = d_logits @ others
                 if wanted[1]:
                     d_others = torch.empty_like(others) if ctx.num_live is None else torch.zeros_like(others)
                     live = slice(ctx.num_live)
                     torch.mm(d_logits[:, live].T, z, out=d_others[live])
-                    d_others[live].mul_(scale)
+            d_scale = None
+            if wanted[2]:  # in a self-contrast d_z holds both sides of each logit: count half
+                d_scale = ((z * d_z).sum() / (2 * scale if contrasts is None else scale)).to(scale.dtype)
             if factor is not None:
-                unit_rows_grad(d_z, anchors, factor)
+                unit_rows_grad(d_z, z, factor)
                 if d_others is not None:
-                    unit_rows_grad(d_others[live], contrasts[live], other_factor[live])
+                    unit_rows_grad(d_others[live], others[live], other_factor[live])
         return d_z if wanted[0] else None, d_others, d_scale, *none
 
 
-def _of_pairs(z: Tensor, others: Tensor, scale: Tensor, self_offset: int | None, partner: int) -> tuple[Tensor, Tensor]:
-    """The likelihood of each positive, and the logarithms of the softmax of the others, zero at the positive."""
+def _halves(both: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return both[: len(both) // 2], both[len(both) // 2 :]
+
+
+def _of_pairs(
+    z: Tensor, others: Tensor, scale: Tensor | float, self_offset: int | None, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likelihood of each positive; exponentials of the other logits, up to a factor of the row, and their sums.
+
+    The exponential of the positive means nothing.
+    """
     logits = dense.logits(z, others, scale, [] if self_offset is None else [self_offset])
-    columns = _columns(partner, logits)
     positive = logits.gather(1, columns)
     logits.scatter_(1, columns, torch.finfo(logits.dtype).min)
-    lse = logits.logsumexp(1, keepdim=True)
-    return logsigmoid(positive - lse).squeeze(1), logits.sub_(lse)
+    largest = logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    likelihood = logsigmoid(positive.sub_(largest).sub_(total.log()))
+    return likelihood[:, 0], logits, total[:, 0]
 
 
-def _columns(partner: int, matrix: Tensor) -> Tensor:
+def _columns(partner: int, anchors: Tensor, contrasts: Tensor | None) -> Tensor:
     """Where in a matrix of pairs the positive of each anchor is, (A, 1)."""
-    num_anchors, num_contrasts = matrix.shape
-    return torch.arange(partner, partner + num_anchors, device=matrix.device).remainder_(num_contrasts)[:, None]
+    count = anchors.shape[0]
+    return torch.arange(partner, partner + count, device=anchors.device).remainder_(
+        count if contrasts is None else contrasts.shape[0]
+    )[:, None]
 
 
-def _fill(matrix: Tensor, partner: int, values: Tensor) -> None:
-    """Put a value of each anchor where its positive is."""
-    matrix.scatter_(1, _columns(partner, matrix), values[:, None])
+def _times_symmetric(d_logits: Tensor, z: Tensor) -> Tensor:
+    """(d_logits + d_logits^T) z: both sides of the logits of a self-contrast."""
+    if len(z) <= _BLOCK:
+        return (d_logits + d_logits.T) @ z
+    blocks = (slice(first, first + _BLOCK) for first in range(0, len(z), _BLOCK))
+    return torch.cat([(d_logits[rows] + d_logits.T[rows]) @ z for rows in blocks])
 
 
 def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
@@ -215,7 +246,7 @@ def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 def _again(
     ctx: Any,
-    inputs: Sequence[Tensor | None],
+    inputs: tuple[Tensor, Tensor | None, Tensor],
     weight: Tensor | None,
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -224,17 +255,13 @@ def _again(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: derivatives are to stop here, also where one of these tensors was computed from another.
-        views = [x if x is None else x.view_as(x) for x in inputs]
+        views: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
         anchors, contrasts, scale = views
-        assert anchors is not None and scale is not None
-        self_offset, normalize, partner = ctx.options
-        if partner is None:
-            likelihoods, _ = equation(anchors, contrasts, scale, weight, weights, self_offset, normalize)
-        else:
-            likelihoods = [equation_of_pairs(anchors, contrasts, scale, self_offset, partner, normalize)]
+        found = log_likelihoods(anchors, contrasts, scale, weight, weights, *ctx.options)
+        losses = [loss_of(likelihood, mass, ctx.is_probability) for likelihood, mass in found]
     places = [k for k in range(3) if ctx.needs_input_grad[k]]
-    wanted: list[Any] = [views[k] for k in places]
-    found: list[Tensor | None] = [None] * 3
-    for k, grad in zip(places, torch.autograd.grad(likelihoods, wanted, grads, create_graph=again), strict=True):
-        found[k] = grad
-    return found
+    results: list[Tensor | None] = [None] * 3
+    wanted = [views[k] for k in places]
+    for k, grad in zip(places, torch.autograd.grad(losses, wanted, grads, create_graph=again), strict=True):
+        results[k] = grad
+    return results

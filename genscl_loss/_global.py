@@ -106,7 +106,9 @@ def global_log_likelihoods(
     return likelihoods
 
 
-def no_log_likelihoods(z: Tensor, others: Tensor | None, scale: Tensor, num_labels: int) -> list[tuple[Tensor, Tensor]]:
+def no_log_likelihoods(
+    z: Tensor, others: Tensor | None, scale: Tensor | float, num_labels: int
+) -> list[tuple[Tensor, Tensor]]:
     """Where there is no anchor or no contrast: 0 with a zero gradient, except that what is NaN stays NaN."""
     zero = z.sum(1) * scale * 0
     if others is not None:

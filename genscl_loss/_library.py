@@ -215,6 +215,11 @@ def _is_exporting() -> bool:
     return getattr(sys.modules.get("torch.export._trace"), "_EXPORT_FLAGS", None) is not None
 
 
+def as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
+    """0-dim, on the CPU, wherever others are: it goes with tensors of any device and is free to read there."""
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=like.dtype, device="cpu")
+
+
 def has_fast_float64(device: torch.device) -> bool:
     """Whether sums in float64 cost about what they cost in float32: true for CPUs and data-centre GPUs.
 

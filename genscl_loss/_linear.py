@@ -27,11 +27,10 @@ from torch.nn.functional import logsigmoid
 
 from genscl_loss import _linear_fused as in_kernels
 from genscl_loss._backends.operator import fake_pairs, no_second_derivative, pairs, pairs_grad
-from genscl_loss._library import define_operator, only_once
+from genscl_loss._library import as_tensor, define_operator, only_once
+from genscl_loss._likelihood import EPS, loss_of
 from genscl_loss._positives import ClassLabels, VectorLabels, align, align_grad, compared, labelled
 from genscl_loss._unit import inverse_lengths, unit_rows_grad
-
-EPS = 1e-8  # beside the positive mass, which the likelihood is divided by
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _kernel(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Losses, masses and alignments, (1, A) or (2, A); then what `pairs_grad` or the kernels want."""
-    scale = _scale(scale, known_scale, anchors)
+    scale = _tensor_of(scale, known_scale, anchors)
     if backend == "triton":
         all_labels = _label_pairs(a, b, teacher_a, teacher_b)
         if in_kernels.suits(anchors, contrasts, weight, all_labels, self_offset, normalize):
@@ -127,20 +126,16 @@ def _kernel(
         likelihood = torch.addcmul(alignment * scale, mass, lse.to(mass.dtype), value=-1)
         if partner is not None:
             likelihood = logsigmoid(likelihood)
-        loss = 0 - likelihood.div_(mass + EPS)  # zero has no sign
-        if is_probability:
-            loss.clamp_(min=0)
+        loss = loss_of(likelihood, mass, is_probability)
         results.append([x.to(z.dtype)[None] for x in (loss, mass, alignment)])
     found = results[0] if len(results) == 1 else [torch.cat(each) for each in zip(*results, strict=True)]
     return *found, *kept, _factors(anchors, contrasts, teacher_a, backend, normalize)
 
 
-def _scale(scale: Tensor | None, known: float | None, like: Tensor) -> Tensor:
-    """The scale as a tensor: on the CPU if it is known, where it is free to read. It goes with those of any device."""
-    if scale is not None:
-        return scale
-    assert known is not None
-    return torch.full((), known, dtype=like.dtype, device="cpu")
+def _tensor_of(scale: Tensor | None, known: float | None, like: Tensor) -> Tensor:
+    one_of_both = known if scale is None else scale
+    assert one_of_both is not None
+    return as_tensor(one_of_both, like)
 
 
 def _factors(
@@ -219,7 +214,7 @@ def _grad_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of anchors, contrasts and scale; empty where not wanted."""
     loss, mass, alignment, *kept, _ = kept_of_both = kept
-    scale = _scale(scale, known_scale, anchors)
+    scale = _tensor_of(scale, known_scale, anchors)
     live = 0 if contrasts is None or not wanted[1] else len(contrasts) if num_live is None else num_live
     if backend == "triton":
         all_labels = _label_pairs(*labels)
@@ -244,9 +239,9 @@ def _grad_kernel(
         given = labelled(z, others, own, self_offset)
         align_grad(u, None, given, (True, live > 0, False, False), onto=(d_z, d_others))
     if normalize:
-        unit_rows_grad(d_z, anchors, factor)
-        if contrasts is not None and d_others is not None:
-            unit_rows_grad(d_others, contrasts[:live], other_factor[:live])
+        unit_rows_grad(d_z, z, factor)
+        if d_others is not None:
+            unit_rows_grad(d_others, others[:live], other_factor[:live])
     return d_z, _with_zeros(d_others, contrasts, anchors), d_scale
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from genscl_loss._backends.kernels import LN2, merged_sums
 from genscl_loss._kernels import number
 
-EPS = tl.constexpr(1e-8)  # as in `functional.py`
+EPS = tl.constexpr(1e-8)  # as in `_likelihood.py`
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def inverse_lengths(rows: Tensor) -> Tensor:
     """What `unit_rows` multiplies each row by, (N, 1)."""
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if not rows.requires_grad:  # the same, in fewer calls
-        return threshold(threshold(length, 1e-18, 1).reciprocal(), 0, math.nan)
+        return torch.threshold(torch.threshold(length, 1e-18, 1).reciprocal_(), 0, math.nan)
     constant = length.detach()
     is_short = constant < 1e-18
     # One where the row is too short. NaN where its squares overflow: divided by infinity, it would pass for zeros.
@@ -36,14 +35,15 @@ def inverse_lengths(rows: Tensor) -> Tensor:
     return (length + correction).reciprocal()
 
 
-def unit_rows_grad(grad: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
+def unit_rows_grad(grad: Tensor, unit: Tensor, factor: Tensor) -> Tensor:
     """The gradient of rows from that of `rows * factor`, their unit rows z; in place.
 
     With d_z for the latter, d = (d_z - z (z . d_z)) * factor.
     """
-    step = max(256, 2**18 // max(1, rows.shape[1]))  # a part that stays in cache
-    for first in range(0, rows.shape[0], step):
+    step = max(256, 2**18 // max(1, unit.shape[1]))  # a part that stays in cache
+    if len(unit) <= step:
+        return grad.addcmul_(unit, (unit * grad).sum(1, keepdim=True), value=-1).mul_(factor)
+    for first in range(0, len(unit), step):
         some = slice(first, first + step)
-        unit, part = rows[some] * factor[some], grad[some]
-        part.addcmul_(unit, (unit * part).sum(1, keepdim=True), value=-1).mul_(factor[some])
+        unit_rows_grad(grad[some], unit[some], factor[some])
     return grad

@@ -34,6 +34,8 @@ from genscl_loss._choices import (
 )
 from genscl_loss._distributed import Members, sum_over
 from genscl_loss._global import facts, global_log_likelihoods, no_log_likelihoods
+from genscl_loss._library import as_tensor
+from genscl_loss._likelihood import EPS, loss_of
 from genscl_loss._positives import Similarity, has_gradient, num_classes, positives, similarity_matrix
 from genscl_loss._unit import unit_pair
 
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["auto_backend", "available_backends", "collapsed_loss", "gen_supcon_loss", "validate"]
-
-_EPS = linear.EPS  # of the paper's code: an anchor with this much positive mass or less has no positives
 
 
 def gen_supcon_loss(
@@ -262,7 +262,7 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
         members.refuse(error)
         raise
     num_anchors, counts = zip(*members.agree(agreed, *sizes), strict=True)
-    scale = _as_tensor(problem.scale, batch.anchors)
+    scale = as_tensor(problem.scale, batch.anchors)
     likelihoods = global_log_likelihoods(batch, scale, members, counts, precision=precision, backend=backend)
     return _total(problem, _losses_of(likelihoods, _is_probability(problem)), sum(num_anchors), members)
 
@@ -330,47 +330,39 @@ def collapsed_loss(
 
 def _losses(batch: Batch, scale: Tensor | float, backend: str, is_probability: bool) -> list[tuple[Tensor, Tensor]]:
     """The loss and W_i of each anchor, for the labels and for the teacher's: both share the softmax."""
-    anchors, contrasts = batch.anchors, batch.contrasts
+    anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
     backend = choose(
         backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
     )
+    if batch.num_contrasts == 0:
+        z, others = unit_pair(anchors, contrasts, batch.normalize)
+        return _losses_of(no_log_likelihoods(z, others, scale, len(batch.all_labels)), is_probability)
+    if backend == "dense":
+        is_paired = batch.partner is not None
+        weights = [] if is_paired else [similarity_matrix(y, self_offset, anchors.dtype) for y in batch.all_labels]
+        return dense.losses(
+            anchors, contrasts, scale, batch.contrast_weight, weights, self_offset,
+            normalize=batch.normalize, is_probability=is_probability, partner=batch.partner, num_live=batch.num_live,
+        )  # fmt: skip
     constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
-    if backend != "dense" and batch.num_contrasts > 0 and len(constant) == len(batch.all_labels):
+    if len(constant) == len(batch.all_labels):
         partner = batch.partner if backend == "tiled" else None
         options = linear.Options(
-            batch.self_offset, partner, batch.num_live, batch.normalize, is_probability, _precision(batch), backend
+            self_offset, partner, batch.num_live, batch.normalize, is_probability, _precision(batch), backend
         )
         return linear.losses(anchors, contrasts, scale, batch.contrast_weight, constant, options)
-    return _losses_of(_log_likelihoods(batch, _as_tensor(scale, anchors), backend), is_probability)
+    return _losses_of(_log_likelihoods(batch, as_tensor(scale, anchors), backend), is_probability)
 
 
 def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
-    """sum_j w_ij log p_ij and W_i of each anchor, with derivatives of more kinds than `linear` has."""
-    anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
-    if batch.num_contrasts == 0:
-        return no_log_likelihoods(*unit_pair(anchors, contrasts, batch.normalize), scale, len(batch.all_labels))
-    if backend == "dense":
-        weights = []
-        if batch.partner is None:
-            weights = [similarity_matrix(labels, self_offset, anchors.dtype) for labels in batch.all_labels]
-        return dense.log_likelihoods(
-            anchors,
-            contrasts,
-            scale,
-            batch.contrast_weight,
-            weights,
-            self_offset,
-            batch.normalize,
-            batch.partner,
-            batch.num_live,
-        )
-    z, others = unit_pair(anchors, contrasts, batch.normalize)
+    """sum_j w_ij log p_ij and W_i of each anchor in linear memory, from an operator for each half: for all labels."""
+    z, others = unit_pair(batch.anchors, batch.contrasts, batch.normalize)
     lse = row_lse(
-        z, others, scale, self_offset,
+        z, others, scale, batch.self_offset,
         unit=batch.normalize, precision=_precision(batch), backend=backend, weight=batch.contrast_weight,
     )  # fmt: skip
     # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
-    found = [positives(z, others, labels, self_offset) for labels in batch.all_labels]
+    found = [positives(z, others, labels, batch.self_offset) for labels in batch.all_labels]
     return [(torch.addcmul(alignment * scale, mass, lse, value=-1), mass) for alignment, mass in found]
 
 
@@ -379,16 +371,7 @@ def _precision(batch: Batch) -> str:
 
 
 def _losses_of(likelihoods: list[tuple[Tensor, Tensor]], is_probability: bool) -> list[tuple[Tensor, Tensor]]:
-    return [(_loss_of(likelihood / (mass + _EPS), is_probability), mass) for likelihood, mass in likelihoods]
-
-
-def _loss_of(likelihood: Tensor, is_probability: bool) -> Tensor:
-    """The loss of each anchor: minus its log-likelihood, which rounding may have made positive; the loss is then 0.
-
-    The gradient is that of the likelihood in any case, and zero has no sign. With weights in its denominator the
-    likelihood is no probability, and may well be positive.
-    """
-    return (likelihood.detach().clamp(min=0) if is_probability else 0) - likelihood
+    return [(loss_of(likelihood, mass, is_probability), mass) for likelihood, mass in likelihoods]
 
 
 def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, members: Members | None) -> Tensor:
@@ -401,7 +384,7 @@ def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, mem
     if problem.reduction == "none":
         return (loss * factor).to(dtype)
     if problem.reduction == "mean" and problem.empty_anchors == "ignore":
-        counts = (mass.detach() > _EPS).to(dtype)
+        counts = (mass.detach() > EPS).to(dtype)
         loss = loss * counts  # a product, not a choice: what is NaN stays NaN
         weight = counts if weight is None else weight * counts
     is_plain = problem.reduction == "mean" and weight is None and members is None
@@ -444,11 +427,6 @@ def _scale_and_factor(
     temperature = check_number("temperature", temperature, positive=True)
     _check_computable(temperature, smallest, anchors)
     return 1 / temperature, 1.0 if base is None else temperature / base
-
-
-def _as_tensor(scale: Tensor | float, like: Tensor) -> Tensor:
-    """On the CPU, wherever the features are: 0-dim CPU tensors go with tensors of any device and are free to read."""
-    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=like.dtype, device="cpu")
 
 
 def _check_computable(temperature: float, smallest: float, anchors: Tensor) -> None:

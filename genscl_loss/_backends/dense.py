@@ -13,7 +13,7 @@ from genscl_loss._library import matmul
 
 
 def log_softmax(
-    anchors: Tensor, contrasts: Tensor, scale: Tensor, self_offset: int | None, weight: Tensor | None = None
+    anchors: Tensor, contrasts: Tensor, scale: Tensor | float, self_offset: int | None, weight: Tensor | None = None
 ) -> Tensor:
     """Logarithm of exp(s_ij) / sum_{k != self} c_k exp(s_ik) with s_ij = scale * anchors_i . contrasts_j.
 
@@ -37,7 +37,7 @@ def log_softmax(
 
 
 def row_lse(
-    anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int], weight: Tensor | None = None
+    anchors: Tensor, contrasts: Tensor, scale: Tensor | float, left_out: Sequence[int], weight: Tensor | None = None
 ) -> Tensor:
     """Logarithm of sum_k c_k exp(s_ik), (A,), as in `log_softmax`, without k = i + d for each d of `left_out`."""
     s = logits(anchors, contrasts, scale, left_out)
@@ -60,7 +60,7 @@ def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return (weights * log_p).sum(1), weights.sum(1)
 
 
-def logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence[int]) -> Tensor:
+def logits(anchors: Tensor, contrasts: Tensor, scale: Tensor | float, left_out: Sequence[int]) -> Tensor:
     """The logits s_ij, (A, M); the lowest number where j = i + d for one d of `left_out`."""
     s = matmul(anchors * scale, contrasts.T)
     for offset in left_out:
@@ -68,5 +68,7 @@ def logits(anchors: Tensor, contrasts: Tensor, scale: Tensor, left_out: Sequence
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.
         # Behind autograd's back: probability and weight are zero there, and so is every derivative.
         # By slices: an offset in `diagonal` would be a constant of a compiled graph.
-        s.detach()[max(0, -offset) :, max(0, offset) :].diagonal().fill_(torch.finfo(s.dtype).min)
+        entries = s.detach()
+        entries = entries[max(0, -offset) :, max(0, offset) :] if offset else entries
+        entries.diagonal().fill_(torch.finfo(s.dtype).min)
     return s

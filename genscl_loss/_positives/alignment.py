@@ -134,9 +134,11 @@ def _label_grads(
     b_factor = a_factor if given.contrast_labels is None else inverse_lengths(b.detach())
     d_a = d_b = None
     if wanted[0]:
-        d_a = unit_rows_grad(_put_together(weights.of(matrix(b, dtype, b_factor)), a), a, a_factor)
+        d_a = _put_together(weights.of(matrix(b, dtype, b_factor)), a)
+        unit_rows_grad(d_a, a * a_factor, a_factor)
     if wanted[1] or (wanted[0] and given.contrast_labels is None):
-        d_b = unit_rows_grad(_put_together(weights.transposed.of(matrix(a, dtype, a_factor)), b), b, b_factor)
+        d_b = _put_together(weights.transposed.of(matrix(a, dtype, a_factor)), b)
+        unit_rows_grad(d_b, b * b_factor, b_factor)
     return (d_a, d_b) if given.contrast_labels is not None else (d_a if d_a is None or d_b is None else d_a + d_b, None)
 
 

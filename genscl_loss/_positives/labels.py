@@ -52,7 +52,7 @@ def has_gradient(labels: Labels) -> bool:
 def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtype) -> Tensor:
     """w, (A, M), with zeros in the self terms."""
     if isinstance(labels, ClassLabels):
-        equal = labels.anchors[:, None] == labels.contrasts
+        equal = labels.anchors.unsqueeze(1) == labels.contrasts
         weights = (equal if labels.there is None else equal & labels.there).to(dtype)
     elif isinstance(labels, VectorLabels):
         left = unit_rows(labels.anchors)
