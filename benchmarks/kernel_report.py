@@ -218,7 +218,7 @@ def record_labels(arch: int, width: int, classes: int, labels: str, problem: str
         mock.patch.multiple(label_half, _kernels=lambda: recorder, has_fast_float64=lambda device: is_fast),
         mock.patch.object(_linear_fused, "_kernels", lambda: recorder),
     ):
-        if not _linear_fused.suits(anchors, contrasts, None, all_labels, self_offset, True):
+        if not _linear_fused.suits(anchors, contrasts, all_labels, self_offset, True):
             return
         if is_hard:
             label_half.class_numbers(*pair)
