@@ -55,7 +55,8 @@ from genscl_loss._positives import fused as label_half
 from genscl_loss._positives import kernels as label_kernels
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 768, 1024)
-KERNELS = ("row_lse", "row_lse_grad", "split_rows", "gradient_weights", "merge_lse")
+TABLED = ("row_lse", "row_lse_grad", "softmax_weights")  # which have lines in the tile tables
+KERNELS = (*TABLED, "rescale", "split_rows", "gradient_weights", "merge_lse")
 LABEL_KERNELS = (
     "inverse_lengths", "first_of_class", "label_sums", "sums_of_others", "class_sums", "align", "align_classes",
     "align_grad", "align_classes_grad", "losses", "losses_grad",
@@ -142,7 +143,9 @@ class _AnyGrid:
 def record(
     arch: int, width: int, terms: int, problem: str, range: str, plan: plans.Plan | None = None
 ) -> Iterator[Launch]:
-    """Launches of one forward and backward pass; with `plan`, as if the tile table had this line.
+    """Launches of a forward and a backward pass; with `plan`, as if the tile tables had this line.
+
+    Of wide rows also those that make the gradient in chunks.
 
     Args:
         arch: Compute capability, 80 for 8.0.
@@ -154,7 +157,18 @@ def record(
             "weighted", a running maximum, and weights of the contrasts.
         plan: In place of the table's line.
     """
-    rows, features = (1001, width - 1) if problem == "ragged" else (1 << 16, width)
+    launches = list(_record(arch, width, terms, problem, range, plan, in_chunks=False))
+    yield from launches
+    if width >= plans.WIDE:
+        others = {launch.kernel for launch in launches}
+        in_chunks = _record(arch, width, terms, problem, range, plan, in_chunks=True)
+        yield from (launch for launch in in_chunks if launch.kernel not in others)
+
+
+def _record(
+    arch: int, width: int, terms: int, problem: str, range: str, plan: plans.Plan | None, *, in_chunks: bool
+) -> Iterator[Launch]:
+    rows, features = (1001, width - 1) if problem == "ragged" else (1 << (13 if in_chunks else 16), width)
     anchors = torch.empty(rows, features, device="meta")
     contrasts = torch.empty(rows, features, device="meta") if problem in ("rectangular", "first") else None
     self_offset = None if problem == "rectangular" else 0
@@ -165,21 +179,24 @@ def record(
     replaced: dict[str, Any] = {
         "_kernels": lambda: recorder,
         "_chip": lambda device: arch,
+        "_FEW_PAIRS": 0 if in_chunks else 1 << 62,
+        "_multiply": lambda *_: None,
         "_multiprocessors": lambda device: CHIPS[arch].multiprocessors,
     }
     if plan is not None:
         block_out = plans.block_out(arch, width, terms, plan)
         replaced["forward_plan"] = lambda *line: plan
         replaced["backward_plan"] = lambda *line: (plan, block_out)
+        replaced["weights_plan"] = lambda *line: plan
     with mock.patch.multiple(fused, **replaced):
         lse, sums, split, other = fused.row_lse(
             anchors, contrasts, scale, self_offset, unit, "highest" if terms == 2 else "high", weight
         )
         m = rows if contrasts is None else len(contrasts)
         fused.row_lse_grad(lse, sums, split, other, scale, self_offset, unit, m, features, m, weight)
-    forward = plan or plans.forward_plan(arch, width, terms)
-    backward = plan or plans.backward_plan(arch, width, terms)[0]
-    programs = {"row_lse": forward.programs, "row_lse_grad": backward.programs}
+    tables = {"row_lse": plans._FORWARD, "row_lse_grad": plans._BACKWARD, "softmax_weights": plans._WEIGHTS}
+    lines = {kernel: plan or table[arch].get((width, terms)) for kernel, table in tables.items()}
+    programs = {kernel: line.programs for kernel, line in lines.items() if line}
     for kernel, launch in recorder.launches:
         yield Launch(arch, kernel, range, *launch, programs.get(kernel, 0))
 
@@ -218,7 +235,7 @@ def record_labels(arch: int, width: int, classes: int, labels: str, problem: str
         mock.patch.multiple(label_half, _kernels=lambda: recorder, has_fast_float64=lambda device: is_fast),
         mock.patch.object(_linear_fused, "_kernels", lambda: recorder),
     ):
-        if not _linear_fused.suits(anchors, contrasts, None, all_labels, self_offset, True):
+        if not _linear_fused.suits(anchors, contrasts, all_labels, self_offset, True):
             return
         if is_hard:
             label_half.class_numbers(*pair)
@@ -397,7 +414,7 @@ def faults(launch: Launch, made: Compiled) -> list[str]:
         found.append(f"{made.shared / 1024:.0f} KB of shared memory")
     if launch.kernel in ("label_sums", "align", "align_grad") and launch.arch in FLOAT64_TENSOR_CORES:
         found += [] if made.float64_products else ["products of float64 without tensor cores"]
-    if "BLOCK_EDGE" in launch.constants and made.in_flight == 0 and launch.arch in PREFETCHING:
+    if launch.kernel in TABLED and made.in_flight == 0 and launch.arch in PREFETCHING:
         found.append("no prefetch: the main loop waits for what it has just asked for")
     if made.serialized:
         found.append("serialized matrix products")
@@ -533,20 +550,33 @@ def _work(launch: Launch) -> SimpleNamespace:
         raise RuntimeError(f"cannot compile {launch}") from error
 
 
-def report(launches: Iterable[Launch]) -> Iterator[SimpleNamespace]:
-    """Lines of the table, in order, compiled in as many processes as there are cores."""
-    unique = list({repr(launch): launch for launch in launches}.values())
+def kind(launch: Launch) -> str:
+    """What registers and memory depend on: how many pieces a row is read in, if it is, is the length of a loop."""
+    constants = dict(launch.constants)
+    if constants.get("BLOCK_K", constants.get("WIDTH")) != constants.get("WIDTH"):
+        constants["WIDTH"] = "pieces"
+    return repr(launch._replace(constants=constants))
+
+
+def report(launches: Iterable[Launch], *, by_kind: bool = False) -> Iterator[SimpleNamespace]:
+    """Lines of the table, in order, compiled in as many processes as there are cores; one of each kind, if so."""
+    found: dict[str, list[Launch]] = {}
+    for launch in {repr(launch): launch for launch in launches}.values():
+        found.setdefault(kind(launch) if by_kind else repr(launch), []).append(launch)
+    unique = [alike[0] for alike in found.values()]
     # A fresh process each, as this one may hold threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(unique)), mp_context=context) as pool:
-        yield from pool.map(_work, unique)
+        for row, alike in zip(pool.map(_work, unique), found.values(), strict=True):
+            row.widths = [launch.constants.get("WIDTH") for launch in alike]
+            yield row
 
 
 def main() -> int:
     """Print the table; 1 if there is a fault in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=CHIPS, default=list(plans._FORWARD))
-    parser.add_argument("--kernel", nargs="+", choices=(*KERNELS, *LABEL_KERNELS), default=list(KERNELS[:2]))
+    parser.add_argument("--kernel", nargs="+", choices=(*KERNELS, *LABEL_KERNELS), default=list(TABLED))
     parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS)
     parser.add_argument("--terms", type=int, nargs="+", choices=(1, 2), default=(1, 2))
     parser.add_argument("--ranges", nargs="+", choices=RANGES, default=["fixed"])
@@ -554,6 +584,7 @@ def main() -> int:
     parser.add_argument("--labels", nargs="+", choices=("hard", "soft", "both"), help="the half about these")
     parser.add_argument("--classes", type=int, nargs="+", default=[100], help="of soft labels (100)")
     parser.add_argument("--all", action="store_true", help="all ranges and problems")
+    parser.add_argument("--kinds", action="store_true", help="lines that differ in the length of a loop only as one")
     parser.add_argument("--plan", help='a line in place of the table\'s: "m n edge k  warps stages programs"')
     parser.add_argument("--json", type=Path, help="save the lines here")
     args = parser.parse_args()
@@ -573,7 +604,7 @@ def main() -> int:
         launches = [launch for case in cases for launch in record_labels(*case) if launch.kernel in args.kernel]
     print(f"Triton {triton.__version__}. The last six columns are a model, not a measurement.\n{_HEADER}")
     rows = []
-    for row in report(launches):
+    for row in report(launches, by_kind=args.kinds):
         print(_format(row), flush=True)
         rows.append(vars(row))
     if args.json:

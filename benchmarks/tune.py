@@ -101,8 +101,16 @@ CANDIDATES = """
     row_lse_grad  128 2    64  32 32 128  4 3 2
     row_lse_grad  512 2   128 128 64  32  8 3 1
     row_lse_grad  512 2    64 128 32  64  8 2 1
+    softmax_weights 512 1  128 256 256  64  8 3 1
+    softmax_weights 512 1  128 256 256  64  8 4 1
+    softmax_weights 512 1  256 128 128  64  8 3 1
+    softmax_weights 512 1  128 128 128  64  8 4 1
+    softmax_weights 512 1  128 128 128  64  4 3 2
+    softmax_weights 512 2  128 128 128  32  8 3 2
+    softmax_weights 512 2  128 256 256  32  8 3 1
+    softmax_weights 512 2  128  64  64  64  8 3 2
 """
-TABLES = {"row_lse": "_FORWARD", "row_lse_grad": "_BACKWARD"}
+TABLES = {"row_lse": "_FORWARD", "row_lse_grad": "_BACKWARD", "softmax_weights": "_WEIGHTS"}
 
 Line = tuple[str, int, int]  # kernel, width, terms
 
@@ -133,12 +141,17 @@ def with_plan(line: Line, plan: plans.Plan, chip: int) -> AbstractContextManager
     kernel, width, terms = line
     if kernel == "row_lse":
         return mock.patch.object(fused, "forward_plan", lambda *_: plan)
+    if kernel == "softmax_weights":
+        return mock.patch.multiple(fused, weights_plan=lambda *_: plan, _FEW_PAIRS=0)
     block_out = plans.block_out(chip, width, terms, plan)
-    return mock.patch.object(fused, "backward_plan", lambda *_: (plan, block_out))
+    return mock.patch.multiple(fused, backward_plan=lambda *_: (plan, block_out), _FEW_PAIRS=math.inf)
 
 
 def job(line: Line, n: int) -> Callable[[], Tensor]:
-    """One launch of the kernel on n unit rows, by whatever plan holds when it is called; see `value`."""
+    """One launch of the kernel on n unit rows, by whatever plan holds when it is called; see `value`.
+
+    Of `softmax_weights` all that makes the gradient of it, so that its times are those of `row_lse_grad`, or not.
+    """
     kernel, width, terms = line
     generator = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(n, width, generator=generator), dim=1).to(device())
@@ -249,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--apply", action="store_true", help="write plans.py of the package")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds after which no line is begun")
     parser.add_argument("--n", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--smoke", action="store_true", help="one line, few rows")
+    parser.add_argument("--smoke", action="store_true", help="two lines, few rows")
     parser.add_argument("--compile", help=argparse.SUPPRESS)  # "i/k": what a process of this command does
     arguments = parser.parse_args(argv)
     chip, start = fused._chip(device()), time.perf_counter()
@@ -258,8 +271,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tried = candidates(chip)
     if arguments.smoke:
-        arguments.n, line = [64], ("row_lse", 64, 1)
-        tried = {line: tried[line][:2]}
+        arguments.n = [64]
+        tried = {line: tried[line][:2] for line in (("row_lse", 64, 1), ("softmax_weights", 512, 1))}
     elif device().type == "cuda":
         workers = min(10, os.cpu_count() or 1)
         command = [sys.executable, __file__, "--compile"]
@@ -278,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             row = measure(line, plan, jobs, right, chip)
             rows.append(row)
             times = "  ".join(f"N={n}: {ms:.3f} ms" for n, ms in row["ms"].items())
-            print(f"{line[0]:12} {line[1]:4} x{line[2]}  {plan!s}  {times}  {row['status']}", flush=True)
+            print(f"{line[0]:15} {line[1]:4} x{line[2]}  {plan!s}  {times}  {row['status']}", flush=True)
         best, gain = choose(rows)
         if rows[0]["status"] != "right":
             fault = True

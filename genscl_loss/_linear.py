@@ -114,7 +114,7 @@ def _kernel(
     scale = _tensor_of(scale, known_scale, anchors)
     if backend == "triton":
         all_labels = _label_pairs(a, b, teacher_a, teacher_b)
-        if in_kernels.suits(anchors, contrasts, weight, all_labels, self_offset, normalize):
+        if in_kernels.suits(anchors, contrasts, all_labels, self_offset, normalize):
             return in_kernels.losses(
                 anchors, contrasts, scale, weight, all_labels, self_offset, precision, is_probability
             )
@@ -218,7 +218,7 @@ def _grad_kernel(
     live = 0 if contrasts is None or not wanted[1] else len(contrasts) if num_live is None else num_live
     if backend == "triton":
         all_labels = _label_pairs(*labels)
-        if in_kernels.suits(anchors, contrasts, weight, all_labels, self_offset, normalize):
+        if in_kernels.suits(anchors, contrasts, all_labels, self_offset, normalize):
             d_z, d_others, found = in_kernels.losses_grad(
                 grad, anchors, contrasts, scale, weight, all_labels, kept_of_both[1:], self_offset, live, wanted[2]
             )

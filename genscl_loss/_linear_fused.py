@@ -21,20 +21,11 @@ LabelPair = tuple[Tensor, Tensor | None]  # of anchors and contrasts; class numb
 
 
 def suits(
-    anchors: Tensor,
-    contrasts: Tensor | None,
-    weight: Tensor | None,
-    all_labels: list[LabelPair],
-    self_offset: int | None,
-    normalize: bool,
+    anchors: Tensor, contrasts: Tensor | None, all_labels: list[LabelPair], self_offset: int | None, normalize: bool
 ) -> bool:
-    """Whether the kernels take such a batch: not with weights, where rows may not be there at all."""
+    """Whether the kernels take such a batch."""
     (n, d), m = anchors.shape, None if contrasts is None else len(contrasts)
-    return (
-        weight is None
-        and normalize
-        and all(positives.suits(n, m, d, a, self_offset, anchors.device) for a, _ in all_labels)
-    )
+    return normalize and all(positives.suits(n, m, d, a, self_offset, anchors.device) for a, _ in all_labels)
 
 
 def num_factors(num_anchors: int, num_contrasts: int, num_labels: int) -> int:

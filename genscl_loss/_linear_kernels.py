@@ -41,7 +41,11 @@ def losses_grad(
     GRAD, MASS, SCALE, OUT, num_rows, stride_kind, stride_row,
     NUM_LABELS: tl.constexpr, BLOCK: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Derivatives with respect to each alignment, and behind them to the log-sum-exp."""
+    """Derivatives with respect to each alignment, and behind them to the log-sum-exp.
+
+    Without positives there is no alignment. Its derivative would be of the size 1 / EPS, beside which those of all
+    other rows lose their digits in whole numbers.
+    """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     scale = number(SCALE, SCALE_ON_DEVICE)
@@ -50,6 +54,6 @@ def losses_grad(
         grad = tl.load(GRAD + k * stride_kind + rows.to(tl.int64) * stride_row, mask=inside, other=0.0)
         mass = tl.load(MASS + k * num_rows + rows, mask=inside, other=0.0)
         per_mass = grad / (mass + EPS)
-        tl.store(OUT + k * num_rows + rows, -per_mass * scale, mask=inside)
+        tl.store(OUT + k * num_rows + rows, tl.where(mass == 0.0, 0.0, -per_mass * scale), mask=inside)
         of_lse += per_mass * mass
     tl.store(OUT + NUM_LABELS * num_rows + rows, of_lse, mask=inside)

@@ -104,13 +104,13 @@ def test_the_fastest_right_line_is_kept_if_it_is_worth_it(tune):
     assert tune.choose([row("failed: x"), wrong]) == (None, 1.0)
 
 
-@pytest.mark.parametrize("line", [("row_lse", 128, 1), ("row_lse_grad", 1024, 2)])
+@pytest.mark.parametrize("line", [("row_lse", 128, 1), ("row_lse_grad", 1024, 2), ("softmax_weights", 512, 1)])
 def test_the_tables_are_rewritten_in_one_place(tune, line):
     new = plans.Plan(64, 32, 16, 128, 4, 5, 6)
     before = Path(plans.__file__).read_text()
     scope: dict = {"__name__": "plans"}
     exec(compile(tune.rewritten(before, 90, line, new), "plans.py", "exec"), scope)
-    for name in ("_FORWARD", "_BACKWARD"):
+    for name in ("_FORWARD", "_BACKWARD", "_WEIGHTS"):
         for chip, lines in getattr(plans, name).items():
             for key, plan in lines.items():
                 is_new = (name, chip, *key) == (tune.TABLES[line[0]], 90, *line[1:])

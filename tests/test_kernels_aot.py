@@ -1,8 +1,10 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be there: see `benchmarks/kernel_report.py`.
 
 Compiled here are each line of the tile tables in the variant that most calls take, a self-contrast with a known
-temperature, and on sm_90 the other variants of 128 features; by `make test` only one line of sm_90. `python
-benchmarks/kernel_report.py --all` compiles everything, and ends with 1 at any fault.
+temperature, but lines that differ in the length of a loop only once; on sm_90 the other variants of 128 features; and
+each kernel of the label half for each GPU, also with rows that begin anywhere. By `make test` only one line of sm_90.
+`python benchmarks/kernel_report.py --all`, then with `--labels hard soft both`, compiles everything, and ends with 1 at
+any fault.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def rows(request, tmp_path_factory) -> list[dict]:
     folder, line = tmp_path_factory.mktemp("kernels"), ("--arch", "90", "--widths", "128")
     if request.param == "one line":
         return report(folder, *line, "--terms", "1")
-    return report(folder) + report(folder, *line, "--ranges", *RANGES, "--problems", *PROBLEMS)
+    return report(folder, "--kinds") + report(folder, *line, "--ranges", *RANGES, "--problems", *PROBLEMS)
 
 
 def later(*values):
@@ -64,8 +66,8 @@ def name(row: dict) -> str:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("rows", ["all"], indirect=True)
 def test_every_line_of_the_tables_is_compiled(rows):
-    compiled = {(row["kernel"], row["arch"], row["width"], row["terms"]) for row in rows}
-    tables = {"row_lse": plans._FORWARD, "row_lse_grad": plans._BACKWARD}
+    compiled = {(row["kernel"], row["arch"], width, row["terms"]) for row in rows for width in row["widths"]}
+    tables = {"row_lse": plans._FORWARD, "row_lse_grad": plans._BACKWARD, "softmax_weights": plans._WEIGHTS}
     assert compiled == {
         (kernel, arch, *line) for kernel, table in tables.items() for arch, lines in table.items() for line in lines
     }
@@ -86,16 +88,30 @@ def test_no_kernel_spills_or_exceeds_a_multiprocessor(rows):
 
 QUICK = ("--arch", "90", "--widths", "128", "--labels", "soft", "--problems", "self")
 QUICK += ("--kernel", "label_sums", "align_grad")
+EVERY = ("--widths", "128", "--labels", "hard", "soft", "--problems", "self", "ragged")  # on each chip
+MORE = ("--arch", "90", "--widths", "128", "--classes", "128", "--labels", "both", "hard", "--problems", "first")
 
 
-@pytest.fixture(scope="session")
-def label_rows(tmp_path_factory) -> list[dict]:
-    return report(tmp_path_factory.mktemp("labels"), *QUICK)
+@pytest.fixture(scope="session", params=["some", pytest.param("all", marks=pytest.mark.exhaustive)])
+def label_rows(request, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("labels")
+    return report(folder, *QUICK) if request.param == "some" else report(folder, *EVERY) + report(folder, *MORE)
 
 
 def test_no_kernel_of_the_label_half_spills_or_exceeds_a_multiprocessor(label_rows):
     """Which also says that products of float64 are taken by tensor cores, where there are some for it."""
     assert not {f"{row['kernel']} {row['case']} sm_{row['arch']}": row["faults"] for row in label_rows if row["faults"]}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("label_rows", ["all"], indirect=True)
+def test_every_kernel_of_the_label_half_is_compiled_for_each_chip(label_rows):
+    soft = {"inverse_lengths", "label_sums", "align", "align_grad"}
+    hard = {"first_of_class", "class_sums", "align_classes", "align_classes_grad"}
+    for arch in plans._FORWARD:
+        in_blocks = {"sums_of_others"} if arch == 89 else set()
+        compiled = {row["kernel"] for row in label_rows if row["arch"] == arch}
+        assert compiled == soft | hard | in_blocks | {"losses", "losses_grad"}
 
 
 def test_tensor_cores_take_float64_where_triton_knows_how(label_rows):

@@ -258,3 +258,28 @@ def test_batches_whose_sums_would_be_too_large_are_left_to_others(kind, monkeypa
     loss = gen_supcon_loss(features, labels, backend="triton")
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(torch.autograd.grad(loss, features)[0], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_an_anchor_without_positives_costs_the_others_no_digits(kind, weighted):
+    """The derivative of its loss, which is zero, has the denominator 1e-8."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 16, generator=generator).to(DEVICE)
+    labels = torch.arange(40, device=DEVICE) % 4
+    labels[7] = 9
+    if kind == "soft":
+        labels = torch.rand(40, 6, generator=generator).to(DEVICE)
+        labels[:, 4:] = 0
+        labels[7] = torch.tensor([0, 0, 0, 0, 0.3, 0.7])
+    weight = torch.arange(40, device=DEVICE) % 5 > 0 if weighted else None
+    found = []
+    for backend, z in (("triton", features), ("dense", features.double())):
+        z = z.clone().requires_grad_()
+        y = labels if kind == "hard" else labels.to(z.dtype)
+        loss = gen_supcon_loss(z, y, contrast_weight=weight, reduction="none", backend=backend)
+        assert loss[7] == 0
+        found.append((loss.detach().double(), torch.autograd.grad(loss.sum(), z)[0].double()))
+    (loss, grad), (exact_loss, exact_grad) = found
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=1e-6)
+    assert (grad - exact_grad).norm() <= 2e-6 * exact_grad.norm()

@@ -679,6 +679,118 @@ def test_no_part_hides_a_bad_row(many_multiprocessors, bad, unit):
     assert ours.d_anchors.isnan().all()
 
 
+# ---- Wide rows, whose gradient is made in chunks by the library's matrix product ----
+
+
+@pytest.fixture(params=[(128, 1 << 20), (128, 128)], ids=["rows", "rows and columns"])
+def chunks(request, monkeypatch) -> list[tuple[int, int]]:
+    """Few rows at a time, and few columns; the chunks of each gradient, as they are chosen."""
+    chosen = []
+
+    def few(padded_rows, padded_cols, *_):
+        chosen.append((min(padded_rows, request.param[0]), min(padded_cols, request.param[1])))
+        return chosen[-1]
+
+    monkeypatch.setattr(fused, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(fused, "_chunk", few)
+    return chosen
+
+
+@pytest.mark.strength(1)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+@pytest.mark.parametrize("a, m, self_offset", [(150, None, 0), (5, 140, None), (130, 150, 75), (140, 9, -100)])
+def test_chunks_add_up(chunks, a, m, self_offset, tau, precision):
+    contrasts = None if m is None else rows(m, 500, seed=1)
+    bounds = float32_bounds(tau) if precision == "highest" else {"lse_bound": 1.0, "grad_bound": 0.02}
+    upstream = torch.linspace(-1, 2, a, device=DEVICE)
+    check(rows(a, 500), contrasts, 1 / tau, self_offset, upstream, precision=precision, **bounds)
+    assert len(chunks) == (1 if m is None else 2)
+
+
+@pytest.mark.parametrize(("tau", "weighted"), [(0.1, False), (0.01, True)])
+def test_chunks_where_only_the_device_knows_the_temperature(chunks, tau, weighted, monkeypatch):
+    monkeypatch.setattr(fused, "is_known", lambda scale: False)
+    features = rows(130, 257).requires_grad_()
+    labels = torch.arange(130, device=DEVICE) % 5
+    weight = torch.rand(130, generator=torch.Generator().manual_seed(0)).to(DEVICE) if weighted else None
+    options = {"contrast_weight": weight, "temperature": tau}
+    losses = [gen_supcon_loss(features, labels, backend=name, **options) for name in ("triton", "dense")]
+    found = [torch.autograd.grad(loss, features)[0] for loss in losses]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6 / tau)
+    assert len(chunks) == 1
+
+
+def test_chunks_of_a_share_of_the_batch(chunks):
+    """The gradient of anchors that are some of the contrasts, as one of several processes has it."""
+    z, scale, own = rows(150, 257), torch.tensor(10.0), slice(10, 145)
+    upstream = torch.linspace(-1, 2, 150, device=DEVICE)
+    _, sums, cols, _ = fused.row_lse(z, None, scale, 0, True, "highest")
+    whole, _ = fused.row_lse_grad(upstream, sums, cols, None, scale, 0, True, 150, 257, 0)
+    anchors = fused._split_rows(z[own], "highest")
+    share = fused.mirrored_grad(upstream, sums, anchors, cols, scale, 10, True, 135, 257)
+    torch.testing.assert_close(share, whole[own], rtol=1e-5, atol=1e-6)
+    assert len(chunks) == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_chunk_hides_a_bad_row(chunks, bad):
+    z = rows(150, 257)
+    z[140, 7] = bad
+    ours = compute(z, None, 10.0, 0, torch.ones(150, device=DEVICE), precision="high")
+    assert ours.d_anchors.isnan().all()
+    assert chunks
+
+
+def test_chunks_give_the_same_bits(chunks):
+    one, other = (compute(rows(150, 257), None, 10.0, 0, torch.ones(150, device=DEVICE)).d_anchors for _ in range(2))
+    assert torch.equal(one, other)
+    assert chunks
+
+
+@pytest.mark.parametrize("chip", plans._WEIGHTS)
+def test_chunks_are_whole_blocks_within_their_memory(chip):
+    sizes = [256, 512, 4096, 5120, 1 << 15, 1 << 17, 1 << 20, 1 << 24]
+    for n, m, (width, terms), plan in (
+        (n, m, line, plan) for n in sizes for m in sizes for line, plan in plans._WEIGHTS[chip].items()
+    ):
+        height, columns = fused._chunk(n, m, width, terms, plan)
+        assert 0 < height <= n
+        assert 0 < columns <= m
+        assert height % plan.block_m == 0
+        assert columns % plan.block_n == 0
+        assert 2 * terms * height * columns + 4 * height * width <= 2**26
+        assert height >= min(n, 4096)
+        assert columns >= min(m, 2048)  # many enough for a matrix product to be worth its launch
+        assert -(-columns // plan.block_n) < 2**16  # blocks of the second kind that a device takes
+
+
+def test_only_wide_rows_and_many_pairs_are_worth_chunks(chunks, monkeypatch):
+    def differentiate(n, d):
+        compute(rows(n, d), None, 10.0, 0, torch.ones(n, device=DEVICE), precision="high")
+        return len(chunks)
+
+    assert differentiate(20, 256) == 0
+    monkeypatch.setattr(fused, "_FEW_PAIRS", 20**2)
+    assert differentiate(20, 257) == 0
+    assert differentiate(21, 257) == 1
+
+
+def test_the_library_multiplies_only_as_the_kernels_do(monkeypatch):
+    device, options = torch.device("cuda"), torch.backends.cuda.matmul
+    has_product = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+    assert fused._library_multiplies(device) == has_product
+    assert fused._library_multiplies(torch.device("cpu"))
+    if hasattr(options, "allow_fp16_accumulation"):
+        options.allow_fp16_accumulation = True
+        try:
+            assert not fused._library_multiplies(device)
+        finally:
+            options.allow_fp16_accumulation = False
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not fused._library_multiplies(device)
+
+
 def test_splits_cover_all_columns_once():
     plan = plans.forward_plan(fused._chip(DEVICE), 128, 1)
     for blocks, columns, most in itertools.product(

@@ -14,6 +14,7 @@ splits every number into two of them (see `kernels.py`), any other takes one.
 
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
 from functools import cache
@@ -23,11 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscl_loss._backends.plans import PAD, Plan, backward_plan, chip, forward_plan, width
+from genscl_loss._backends.plans import PAD, WIDE, Plan, backward_plan, chip, forward_plan, weights_plan, width
 from genscl_loss._library import on_device
 
 _MOST_SPLITS = 32  # of the columns, where rows alone would leave multiprocessors idle
 _MOST_PARTS = 2**23  # numbers that the splits of a gradient may hold until they are added up
+_WORKSPACE = 2**26  # bytes beside the result, 64 MB, where the gradient of wide rows is made in chunks
+_CHUNK_ROWS = 4096  # that the library's matrix product takes at a time: enough to keep a large GPU busy
+_FEW_PAIRS = 2**22  # that are not worth three launches instead of one
 _BLOCK = 128  # rows of a program in the kernels that take rows one by one
 
 
@@ -250,6 +254,11 @@ def _launch_grad(
     num_features: int,
 ) -> Tensor:
     terms, padded_rows, features = rows.shape
+    if features >= WIDE and n * m > _FEW_PAIRS and _library_multiplies(rows.device):
+        return _launch_grad_in_chunks(
+            rows, cols, n, m, row_weights, col_weights, row_logs, col_logs, self_offset, largest, scale, unit,
+            num_features,
+        )  # fmt: skip
     plan, block_out = backward_plan(_chip(rows.device), features, terms)
     chunks = -(-num_features // block_out)
     blocks = -(-n // plan.block_m)
@@ -273,11 +282,92 @@ def _launch_grad(
     return out
 
 
+def _launch_grad_in_chunks(
+    rows: Tensor,
+    cols: Tensor,
+    n: int,
+    m: int,
+    row_weights: Tensor | None,
+    col_weights: Tensor | None,
+    row_logs: Tensor | None,
+    col_logs: Tensor | None,
+    self_offset: int | None,
+    largest: Tensor,
+    scale: Tensor,
+    unit: bool,
+    num_features: int,
+) -> Tensor:
+    """As `_launch_grad`: softmax weights, a chunk of them at a time, and the library's product of these and columns.
+
+    A program cannot hold wide rows of the gradient, and would have to make the weights again for each part of them.
+    """
+    terms, padded_rows, features = rows.shape
+    padded_cols = cols.shape[1]
+    plan = weights_plan(_chip(rows.device), features, terms)
+    height, width = _chunk(padded_rows, padded_cols, num_features, terms, plan)
+    weights = rows.new_empty(terms, height, width)
+    part = largest.new_empty(height, num_features)
+    out = largest.new_empty(1, n, num_features)
+    some_weights = row_weights if col_weights is None else col_weights
+    some_logs = row_logs if col_logs is None else col_logs
+    is_weighted = some_logs is not None
+    some_logs = out if some_logs is None else some_logs  # any tensor stands for what is not read
+    for first, col in itertools.product(range(0, n, height), range(0, padded_cols, width)):
+        num_rows, num_cols = min(height, n - first), min(width, padded_cols - col)
+        for variant in _variants(scale, unit and not is_weighted):
+            _kernels().softmax_weights[-(-num_rows // plan.block_m), -(-num_cols // plan.block_n)](
+                rows, cols, some_weights if row_weights is None else row_weights, some_weights,
+                some_logs if row_logs is None else row_logs, some_logs, weights, argument(scale),
+                first, first + num_rows, col, m, self_offset or 0, rows.stride(0), cols.stride(0),
+                padded_rows, padded_cols, weights.stride(0), width,
+                plan.block_m, plan.block_n, plan.block_k, features, terms,
+                HAS_SELF=self_offset is not None, ROW_TERM=row_weights is not None, COL_TERM=col_weights is not None,
+                WEIGHTED=is_weighted, **variant, **_options(plan),
+            )  # fmt: skip
+        total, some = out[0, first : first + num_rows], part[:num_rows]
+        for k, (i, j) in enumerate([(0, 0)] if terms == 1 else [(1, 0), (0, 1), (0, 0)]):  # small terms first
+            is_first = col == 0 and k == 0
+            _multiply(
+                weights[i, :num_rows, :num_cols], cols[j, col : col + num_cols, :num_features],
+                total if is_first else some,
+            )  # fmt: skip
+            if not is_first:
+                total += some
+    _kernels().rescale[-(-out.numel() // 1024),](out, argument(scale), largest, out.numel(), 1024, not is_known(scale))
+    return out
+
+
+def _chunk(padded_rows: int, padded_cols: int, num_features: int, terms: int, plan: Plan) -> tuple[int, int]:
+    """Rows and columns whose softmax weights exist at a time, beside a product of as many rows."""
+    height = min(padded_rows, max(_CHUNK_ROWS // plan.block_m, 1) * plan.block_m)
+    room = (_WORKSPACE - 4 * height * num_features) // (2 * terms * height)
+    return height, min(padded_cols, max(room // plan.block_n, 1) * plan.block_n)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write the matrix product of fp16 numbers, with sums in float32."""
+    if a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
 def _added_up(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 # ---- What a launch depends on ----
+
+
+def _library_multiplies(device: torch.device) -> bool:
+    """Whether the library multiplies fp16 with sums and results in float32, in the same bits in every run."""
+    if device.type != "cuda":
+        return True
+    has_product = hasattr(torch.ops.aten.mm, "dtype_out")  # from torch 2.8 on
+    # Sums in fp16 cannot be had in float32. And where all has to be deterministic, torch lets the library multiply only
+    # if an environment variable says how: kernels need none.
+    sums_in_half = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return has_product and not sums_in_half and not torch.are_deterministic_algorithms_enabled()
 
 
 def _kernels() -> ModuleType:

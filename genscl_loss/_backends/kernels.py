@@ -493,3 +493,66 @@ def row_lse_grad(
     features = first_feature + tl.arange(0, BLOCK_OUT)
     out = OUT + (tl.program_id(1).to(tl.int64) * num_rows + index)[:, None] * num_features + features[None, :]
     tl.store(out, total, mask=(index < num_rows)[:, None] & (features < num_features)[None, :])
+
+
+# ---- Gradient of wide rows, through the library's matrix product ----
+
+
+@triton.jit(do_not_specialize=["first_row", "stop_row", "first_col", "num_cols", "self_offset"])
+def softmax_weights(
+    ROWS, COLS, ROW_WEIGHTS, COL_WEIGHTS, ROW_LOG_WEIGHTS, LOG_WEIGHTS, OUT, SCALE,
+    first_row, stop_row, first_col, num_cols, self_offset, row_plane, col_plane, padded_rows, padded_cols,
+    out_plane, out_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr,
+    HAS_SELF: tl.constexpr, ROW_TERM: tl.constexpr, COL_TERM: tl.constexpr, FIXED: tl.constexpr, CHECK: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """What each column counts in the gradient of each row, in fp16 and TERMS planes: that of `row_lse_grad`.
+
+    Of rows from `first_row` and columns from `first_col` on.
+    """
+    scale = number(SCALE, SCALE_ON_DEVICE)
+    if CHECK:
+        if _fits(scale) != FIXED:
+            return
+    slope = scale * (LOG2E / (STRETCH * STRETCH))
+    row = first_row + tl.program_id(0) * BLOCK_M
+    col = first_col + tl.program_id(1) * BLOCK_N
+    index = row + tl.arange(0, BLOCK_M)
+    if ROW_TERM:
+        row_weight = tl.load(ROW_WEIGHTS + index)[:, None]
+        row_largest = tl.load(ROW_WEIGHTS + padded_rows + index)[:, None]
+    else:
+        row_weight = None
+        row_largest = None
+    if WEIGHTED and COL_TERM:
+        row_log = tl.load(ROW_LOG_WEIGHTS + index)[:, None]
+    else:
+        row_log = None
+    row_pointers = _pointers(ROWS, row, BLOCK_M, BLOCK_K, WIDTH)
+    col_pointers = _pointers(COLS, col, BLOCK_N, BLOCK_K, WIDTH)
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for feature in range(0, WIDTH, BLOCK_K):
+        part, part_low = _load(row_pointers + feature, row_plane, TERMS)
+        other, other_low = _load(col_pointers + feature, col_plane, TERMS)
+        tile = _add_product(tile, part, part_low, tl.trans(other), tl.trans(other_low), TERMS)
+    weights = _softmax_weights(
+        tile, slope, row_weight, row_largest, row_log, COL_WEIGHTS, LOG_WEIGHTS, padded_cols, col,
+        BLOCK_N, ROW_TERM, COL_TERM, FIXED, WEIGHTED,
+    )  # fmt: skip
+    weights = tl.where(_is_contrast(col, row + self_offset, num_cols, BLOCK_M, BLOCK_N, HAS_SELF), weights, 0.0)
+    high = weights.to(tl.float16)
+    place = (index - first_row).to(tl.int64)[:, None] * out_stride + (col - first_col + tl.arange(0, BLOCK_N))[None, :]
+    inside = (index < stop_row)[:, None]
+    tl.store(OUT + place, high, mask=inside)
+    if TERMS == 2:
+        tl.store(OUT + out_plane + place, (weights - high.to(tl.float32)).to(tl.float16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def rescale(OUT, SCALE, LARGEST_GRAD, size, BLOCK: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr):
+    """In place, products of weights and columns to the gradient: what `row_lse_grad` does at its end."""
+    factor = number(SCALE, SCALE_ON_DEVICE) / STRETCH * power_of_two(exponent_of(LARGEST_GRAD) - 12)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    tl.store(OUT + place, tl.load(OUT + place, mask=inside, other=0.0) * factor, mask=inside)

@@ -188,6 +188,43 @@ _BACKWARD = {
     """),
 }
 
+# Of `kernels.softmax_weights`, for rows that are so wide that the library makes the second product of the gradient.
+WIDE = 512
+_WEIGHTS = {
+    80: _plans("""
+         512 1  128 128 128  64  8 3 1
+         768 1  128 128 128  64  8 3 1
+        1024 1  128 128 128  64  8 3 1
+         512 2  128  64  64  32  4 3 1
+         768 2  128  64  64  32  4 3 1
+        1024 2  128  64  64  32  4 3 1
+    """),
+    89: _plans("""
+         512 1  128  64  64  64  8 3 1
+         768 1  128  64  64  64  8 3 1
+        1024 1  128  64  64  64  8 3 1
+         512 2  128  64  64  32  4 3 1
+         768 2  128  64  64  32  4 3 1
+        1024 2  128  64  64  32  4 3 1
+    """),
+    90: _plans("""
+         512 1  128 128 128  64  8 3 2
+         768 1  128 128 128  64  8 3 2
+        1024 1  128 128 128  64  8 3 2
+         512 2  128 128 128  64  8 3 1
+         768 2  128 128 128  64  8 3 1
+        1024 2  128 128 128  64  8 3 1
+    """),
+    100: _plans("""
+         512 1  128  64  64  64  8 3 2
+         768 1  128  64  64  64  8 3 2
+        1024 1  128  64  64  64  8 3 2
+         512 2  128  64  64  64  8 2 1
+         768 2  128  64  64  64  8 2 1
+        1024 2  128  64  64  64  8 2 1
+    """),
+}
+
 # Features of the gradient that one program makes when rows are read piece by piece: 256 if not said here. With fewer
 # the logits are computed more often; but in two terms there is no room for sums of 256, on sm_90 in registers, on
 # sm_100 in tensor memory.
@@ -203,6 +240,11 @@ def backward_plan(chip: int, width: int, terms: int) -> tuple[Plan, int]:
     """Plan of `kernels.row_lse_grad`, and how many features of the gradient a program makes."""
     plan = _BACKWARD[chip][width, terms]
     return plan, block_out(chip, width, terms, plan)
+
+
+def weights_plan(chip: int, width: int, terms: int) -> Plan:
+    """Plan of `kernels.softmax_weights`, which has no edge."""
+    return _WEIGHTS[chip][width, terms]
 
 
 def block_out(chip: int, width: int, terms: int, plan: Plan) -> int:

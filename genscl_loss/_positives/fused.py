@@ -109,7 +109,7 @@ def align(anchors: Side, contrasts: Side | None, self_offset: int | None, out: T
     _kernels().align[grid](
         *_rows(anchors), *_rows(others), *_labels(anchors), *_labels(others), sums, out,
         n, *shared, anchors.num_columns, offset, blocks or n, _BLOCK_M, _block_of(d), 16,
-        has_self, blocks is not None, _wide(others, self_offset), num_warps=4,
+        has_self, blocks is not None, _wide(others, self_offset), num_warps=4 if blocks is None else 8, maxnreg=248,
     )  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def _apply(
     _kernels().align_grad[-(-n // block_m),](
         parts, *_rows(rows), *_rows(others), *_labels(rows), *_labels(others), plain, weighted, u, u, out, some_dots,
         num_parts, n, len(others.rows), d, rows.num_columns, offset, blocks or n, size,
-        block_m, min(block, 32), 16, *roles, has_self, blocks is not None, _wide(others, self_offset),
+        block_m, block, 16, *roles, has_self, blocks is not None, _wide(others, self_offset),
         num_warps=8 if blocks is None else 4, maxnreg=248, **options,
     )  # fmt: skip
     return out
@@ -294,7 +294,8 @@ def _wide(over: Side, self_offset: int | None) -> Any:
 
 
 def _block_of(num_features: int) -> int:
-    return max(16, min(64, _power_of_two(num_features)))
+    """Features at a time, so few that no GPU runs out of registers: addresses of rows that begin anywhere take some."""
+    return max(16, min(32 if num_features % 16 == 0 else 16, _power_of_two(num_features)))
 
 
 def _power_of_two(number: int) -> int:

@@ -20,6 +20,10 @@ from genscl_loss._kernels import exponent_of, inverse_length, power_of_two
 ONE = tl.constexpr(1099511627776.0)  # 2^40: with entries of at most one there is room for 2^22 rows
 POISON = tl.constexpr(1 << 40)
 
+# Of what was subtracted: what is left of it in float64 where nothing should be. Beside the 1e-8 in the denominator of
+# the loss it would count.
+ROUNDING = tl.constexpr(1e-15)
+
 
 # ---- Parts of rows and labels ----
 
@@ -273,6 +277,7 @@ def align(
             Y, Y_FACTOR, OTHER_Y, OTHER_Y_FACTOR, rows, inside, other, is_there, num_classes, BLOCK_M, BLOCK_K, WIDE
         )
         mass -= own
+        mass = tl.where(tl.abs(mass) < own * ROUNDING, 0.0, mass)
     alignment = tl.zeros((BLOCK_M,), WIDE)
     for first in range(0, num_features, BLOCK_D):
         features = first + tl.arange(0, BLOCK_D)
@@ -291,6 +296,7 @@ def align(
             sums -= own[:, None] * z.to(WIDE)
         z = _rows_at(X, X_FACTOR, rows, features, inside, num_features)
         alignment += tl.sum(sums * z.to(WIDE), 1)
+    alignment = tl.where(mass == 0.0, 0.0, alignment)
     tl.store(OUT + rows, alignment.to(tl.float64), mask=inside)
     tl.store(OUT + num_rows + rows, mass.to(tl.float64), mask=inside)
 
