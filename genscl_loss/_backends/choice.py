@@ -3,11 +3,12 @@
 "auto" takes the faster of the dense equation and the best backend of linear memory, by a small model of time. Both take
 matrix products, both look at every logit, and either has operations whose number does not depend on sizes:
 
-    dense     call + logit A M + row (A + M) (D + C) + product A M (3 D + C)
+    dense     call + logit A M + row (A + M) (D + C) + product A M (2 D + C)
     linear    the same, with constants of its own, and product (2 A M D + labels)
 
-in a self-contrast. Labels cost 3 (A + M) C D products, or what pairs cost, 3 A M (C + D), if that is less. Matrices of
-the dense equation are taken while they are small, or not much larger than features and labels are.
+in a self-contrast, whose gradient is one product with a symmetric matrix. Labels cost 3 (A + M) C D products there, or
+what pairs cost, 3 A M (C + D), if that is less. Matrices of the dense equation are taken while they are small, or not
+much larger than features and labels are.
 """
 
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Sizes:
 
     @property
     def _passes(self) -> int:
-        """Products of the size A M D: logits, then gradients, which separate contrasts seldom have."""
+        """Times that labels meet features: forward, and for gradients, which separate contrasts seldom have."""
         return 3 if self.is_self else 2
 
     @property
@@ -79,7 +80,7 @@ class Sizes:
     def dense_work(self) -> tuple[int, int]:
         """Logits, and thousands of products."""
         pairs = self.anchors * self.contrasts
-        return pairs, pairs * (self._passes * self.features + self.classes) // 1000
+        return pairs, pairs * (2 * self.features + self.classes) // 1000
 
     def linear_work(self) -> tuple[int, int]:
         """Logits, and thousands of products."""
