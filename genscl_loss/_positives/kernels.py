@@ -455,7 +455,8 @@ def align_classes_grad(
     if AS_CONTRAST:
         exponent = exponent_of(LARGEST_U)
         lowering = power_of_two(-exponent).to(tl.float64)
-        other_u = tl.load(OTHER_U + other, mask=is_same, other=0.0).to(tl.float64) * lowering
+        # Of no effect unless `is_same`, which is left to the rows: as a mask of both it breaks a pass of Triton 3.6.
+        other_u = tl.load(OTHER_U + other, mask=is_there, other=0.0).to(tl.float64) * lowering
         bad += tl.load(WEIGHTED_TABLE + size + number, mask=inside, other=0)
     nan = tl.where(bad >= POISON, float("nan"), 0.0)[:, None]
     along = tl.zeros((BLOCK_M,), tl.float32)
