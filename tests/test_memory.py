@@ -76,3 +76,25 @@ def test_three_arrays_of_the_size_of_the_features_are_enough(kind):
     labels = soft.argmax(1) if kind == "hard" else soft
     tiles = 5 * 4 * TILE**2
     assert peak_bytes(features, labels, "auto") <= 3 * 4 * n * d + tiles
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+@pytest.mark.parametrize("n", [512, 2048])
+def test_many_classes_take_one_copy_of_their_labels_and_two_parts_of_it(n, backend):
+    """A part is 256 rows in float64, however wide."""
+    d, c = 64, 20_000
+    labels = torch.rand(n, c, generator=torch.Generator().manual_seed(n)).pow_(8)
+    features = torch.randn(n, d, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert peak_bytes(features, labels, backend) <= 4 * n * (c + 4 * d) + 2 * 8 * 256 * c
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_million_contrasts_take_two_copies_at_most(kind):
+    m, d, c = 10**6, 16, 10
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(64, d, generator=generator, requires_grad=True)
+    soft = torch.rand(64 + m, c, generator=generator)
+    labels = soft.argmax(1) if kind == "hard" else soft
+    contrasts = {"contrast_features": torch.randn(m, d, generator=generator), "contrast_labels": labels[64:]}
+    rows = 4 * m * (d if kind == "hard" else d + c)
+    assert peak_bytes(features, labels[:64], "auto", **contrasts) <= 2 * rows
