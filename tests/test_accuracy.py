@@ -149,14 +149,14 @@ def test_the_loss_is_never_negative(backend, reduction):
 
 
 def test_what_keeps_a_loss_from_being_negative_leaves_its_gradient_alone():
-    from genscl_loss.functional import _loss_of
+    from genscl_loss._likelihood import loss_of
 
     likelihood = torch.tensor([-2.0, -0.0, 0.0, 1e-6, math.nan, -math.inf], requires_grad=True)
-    loss = _loss_of(likelihood, True)
+    loss = loss_of(likelihood, torch.ones(6), True)
     assert [str(value) for value in loss.tolist()] == ["2.0", "0.0", "0.0", "0.0", "nan", "inf"]
     (gradient,) = torch.autograd.grad(loss.sum(), likelihood)
     assert (gradient == -1).all()
-    assert (_loss_of(likelihood, False) < 0).any()  # weights in its denominator: no probability
+    assert (loss_of(likelihood, torch.ones(6), False) < 0).any()  # weights in its denominator: no probability
 
 
 def test_where_the_loss_would_be_negative_the_gradient_is_that_of_the_formula():

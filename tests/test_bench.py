@@ -176,6 +176,7 @@ def test_the_eight_figures_are_refused_on_a_cpu(bench, capsys):
     assert "--figures" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_triton_is_measured_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     keys = ("triton", "triton_high", "lse_triton", "lse_triton_high")

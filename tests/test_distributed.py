@@ -195,7 +195,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["auto", "tiled", "dense", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "tiled", "dense", pytest.param("triton", marks=pytest.mark.exhaustive)])
 def test_single_precision(backend, tmp_path: Path):
     if backend == "triton" and backend not in available_backends():
         pytest.skip("needs Triton's interpreter")

@@ -37,6 +37,7 @@ def smoke(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     return done, folder
 
 
+@pytest.mark.exhaustive
 def test_the_table_has_two_accuracies_and_two_gains_for_every_method(smoke):
     table = smoke[0].stdout.split("s/run\n")[1].split("\n\n")[0].splitlines()
     assert len(table) == len(METHODS)
@@ -53,10 +54,12 @@ def test_the_table_has_two_accuracies_and_two_gains_for_every_method(smoke):
         assert gain == pytest.approx(probe - baseline, abs=0.011)
 
 
+@pytest.mark.exhaustive
 def test_it_says_what_was_split_how(smoke):
     assert "50 labelled training images (5 per class), 800 test images, 2 seeds" in smoke[0].stdout
 
 
+@pytest.mark.exhaustive
 def test_the_loss_falls_below_the_value_of_a_collapsed_encoder(smoke):
     lines = dict(re.findall(r"^(.+?)\s{2,}(\d+\.\d\d \(\d+\.\d\d\))$", smoke[0].stdout, re.MULTILINE))
     assert list(lines) == METHODS
@@ -67,6 +70,7 @@ def test_the_loss_falls_below_the_value_of_a_collapsed_encoder(smoke):
 
 
 @pytest.mark.parametrize("name", ["digits_losses.png", "digits_embeddings.png"])
+@pytest.mark.exhaustive
 def test_the_pictures_are_where_it_says(smoke, name):
     done, folder = smoke
     assert str(folder / name) in done.stdout
@@ -78,6 +82,7 @@ def test_the_pictures_are_where_it_says(smoke, name):
     assert len(picture) > 20_000
 
 
+@pytest.mark.exhaustive
 def test_it_shows_its_progress(smoke):
     assert "seed 1: GenSCL mixup-cutmix + KD: 100%" in smoke[0].stderr
 

@@ -136,6 +136,7 @@ def test_any_number_of_features_and_classes(d, c, kind):
     check_grad(side, None, 0, 2e-6, True)
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("d, c", RAGGED)
 @pytest.mark.parametrize("n", [1, 31, 70])
 def test_where_float64_is_slow_nothing_is_subtracted(slow_float64, parts, n, d, c):

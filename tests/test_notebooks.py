@@ -40,6 +40,7 @@ def test_there_are_two():
     assert [path.name for path in NOTEBOOKS] == ["from_supcon_to_soft_labels.ipynb", "tour.ipynb"]
 
 
+@pytest.mark.exhaustive
 def test_it_holds_what_it_prints(path, tmp_path):
     kept, fresh = nbformat.read(path, as_version=4), executed(path, tmp_path)
     assert [cell.source for cell in fresh.cells] == [cell.source for cell in kept.cells]

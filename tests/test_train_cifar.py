@@ -39,6 +39,7 @@ from images import CLASSES, draw, pack, write_images  # noqa: E402
 from PIL import Image  # noqa: E402
 
 TINY = ["--arch", "small", "--batch-size", "16", "--epochs", "1", "--knn-every", "1", "--amp", "off", "--device", "cpu"]
+ONE_MIX = [mix for mix in train_cifar.MIXES if mix not in ("none", "mixup_cutmix")]
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 pytestmark = [
     # Of kornia's own calls, and of torch's compiler, which kornia imports.
@@ -94,7 +95,11 @@ def environment() -> dict[str, str]:
 # ------------------------------------------------------------------ every method runs
 @pytest.mark.parametrize(
     ("method", "mix"),
-    [("supcon", "none"), *((method, mix) for method in ("ce", "genscl") for mix in train_cifar.MIXES)],
+    [
+        ("supcon", "none"),
+        *((method, mix) for method in ("ce", "genscl") for mix in ("none", "mixup_cutmix")),
+        *(pytest.param(method, mix, marks=pytest.mark.exhaustive) for method in ("ce", "genscl") for mix in ONE_MIX),
+    ],
 )
 def test_a_run_leaves_its_results(archive, tmp_path, capsys, method, mix):
     state = train(archive, tmp_path, "--method", method, "--mix", mix, "--epochs", "2")
@@ -296,7 +301,14 @@ def test_resume_starts_where_there_is_nothing_and_judges_what_is_finished(archiv
     assert (tmp_path / "results.json").read_text() == results
 
 
-@pytest.mark.parametrize("options", [["--mix", "mixup"], ["--mix", "cutmix", "--hard-labels"], ["--method", "supcon"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mix", "mixup"],
+        pytest.param(["--mix", "cutmix", "--hard-labels"], marks=pytest.mark.exhaustive),
+        pytest.param(["--method", "supcon"], marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_queue_and_rarer_checkpoints_survive_an_interruption(archive, tmp_path, monkeypatch, options):
     """Interrupted in epoch 3, of which nothing is kept, as there is a checkpoint after every second one."""
     options = [*options, "--queue-size", "70", "--epochs", "5", "--save-every", "2"]

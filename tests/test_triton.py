@@ -708,6 +708,7 @@ def test_chunks_add_up(chunks, a, m, self_offset, tau, precision):
     assert len(chunks) == (1 if m is None else 2)
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize(("tau", "weighted"), [(0.1, False), (0.01, True)])
 def test_chunks_where_only_the_device_knows_the_temperature(chunks, tau, weighted, monkeypatch):
     monkeypatch.setattr(fused, "is_known", lambda scale: False)
