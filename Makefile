@@ -26,7 +26,7 @@ setup: $(VENV)/.installed-dev $(VENV)/.documenting  ## Create .venv and install 
 test: lint types setup  ## Lint, check types, run the tests: six minutes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
-# Properties again, with five times the examples.
+# Properties again, with more examples.
 test-all: setup  ## Run the tests that `make test` leaves out: a quarter of an hour
 	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) \
 	    -m 'exhaustive or hypothesis' $(ARGS)

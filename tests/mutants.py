@@ -29,6 +29,7 @@ MUTATED = [
     "functional",
     "_batch",
     "_dense",
+    "_likelihood",
     "_linear",
     "_backends/tiled",
     "_positives/alignment",
