@@ -23,11 +23,11 @@ help:  ## Show this list
 
 setup: $(VENV)/.installed-dev $(VENV)/.documenting  ## Create .venv and install the package with all development tools
 
-test: lint types setup  ## Lint, check types, run the tests: six minutes
+test: lint types setup  ## Lint, check types, run the tests: nine minutes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 # Properties again, with more examples.
-test-all: setup  ## Run the tests that `make test` leaves out: a quarter of an hour
+test-all: setup  ## Run the tests that `make test` leaves out: less than half an hour
 	HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) \
 	    -m 'exhaustive or hypothesis' $(ARGS)
 

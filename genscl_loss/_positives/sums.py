@@ -227,7 +227,12 @@ def matrix(x: Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Matri
     else:
         # In the wider dtype of both: rows of float64 may be longer than float32 has numbers for.
         wide = torch.promote_types(x.dtype, dtype)
-        part = lambda rows, cols: x[rows, cols].to(wide, copy=True).mul_(factor[rows]).to(dtype)  # noqa: E731
+
+        def part(rows: slice, cols: slice) -> Tensor:
+            some = x[rows, cols]
+            scaled = some * factor[rows] if some.dtype == wide else some.to(wide).mul_(factor[rows])
+            return scaled.to(dtype)
+
     return Matrix(remember(part), x.shape[0], x.shape[1], dtype, x.device)
 
 
