@@ -222,16 +222,14 @@ def self_rows(rows: slice, num_contrasts: int, self_offset: int | None) -> tuple
 
 def matrix(x: Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Matrix:
     """x, (n, d), whose rows are multiplied by a factor of each if there is one, (n, 1)."""
-    if factor is None:
-        part: Part = lambda rows, cols: x[rows, cols].to(dtype)  # noqa: E731
-    else:
-        # In the wider dtype of both: rows of float64 may be longer than float32 has numbers for.
-        wide = torch.promote_types(x.dtype, dtype)
+    # In the wider dtype of both: rows of float64 may be longer than float32 has numbers for.
+    wide = torch.promote_types(x.dtype, dtype)
 
-        def part(rows: slice, cols: slice) -> Tensor:
-            some = x[rows, cols]
-            scaled = some * factor[rows] if some.dtype == wide else some.to(wide).mul_(factor[rows])
-            return scaled.to(dtype)
+    def part(rows: slice, cols: slice) -> Tensor:
+        some = x[rows, cols]
+        if factor is not None:
+            some = some * factor[rows] if some.dtype == wide else some.to(wide).mul_(factor[rows])
+        return some.to(dtype)
 
     return Matrix(remember(part), x.shape[0], x.shape[1], dtype, x.device)
 
