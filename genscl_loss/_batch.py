@@ -4,7 +4,7 @@ Nothing behind this file asks how many views there were, which contrast mode was
 Rows are view-major throughout: row v * N + n is view v of sample n.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genscl_loss._checks import check_tensor, check_values, extremes, kind, may_look_at
 from genscl_loss._choices import CONTRAST_MODES
-from genscl_loss._positives import ClassLabels, Labels, Similarity, VectorLabels
+from genscl_loss._positives import ClassLabels, Labels, Similarity, VectorLabels, num_classes
 
 
 @dataclass(frozen=True)  # not a tuple: `torch.compile` finds no properties of those before torch 2.10
@@ -24,7 +24,7 @@ class Batch:
     contrasts: Tensor | None  # (M, D); None: the anchors themselves
     # Anchor i is contrast i + self_offset; None: no anchor is a contrast. 0 while all contrasts are of one process.
     self_offset: int | None
-    labels: Labels
+    given_labels: Labels | Callable[[], Labels]  # a function that makes those of samples: `partner` may say as much
     teacher_labels: Labels | None
     sample_weight: Tensor | None  # (A,)
     normalize: bool  # rows are to be scaled to unit length
@@ -43,9 +43,19 @@ class Batch:
         return self.given in (torch.float16, torch.bfloat16)
 
     @property
+    def labels(self) -> Labels:
+        """Of all kinds; those of samples if none were given."""
+        return self.given_labels() if callable(self.given_labels) else self.given_labels
+
+    @property
     def all_labels(self) -> list[Labels]:
         """The labels, and the teacher's if there are any."""
         return [self.labels] if self.teacher_labels is None else [self.labels, self.teacher_labels]
+
+    @property
+    def num_classes(self) -> int:
+        """C of label vectors, of all of them together."""
+        return 0 if self.partner is not None else sum(map(num_classes, self.all_labels))
 
     @property
     def num_contrast_rows(self) -> int:
@@ -65,7 +75,8 @@ class Batch:
         if self.self_offset is None or not self.num_live == rows == self.num_contrast_rows:
             return self
         teacher = None if self.teacher_labels is None else _of_anchors(self.teacher_labels)
-        return replace(self, contrasts=None, labels=_of_anchors(self.labels), teacher_labels=teacher, num_live=None)
+        own = _of_anchors(self.labels)
+        return replace(self, contrasts=None, given_labels=own, teacher_labels=teacher, num_live=None)
 
 
 def _of_anchors(labels: Labels) -> Labels:
@@ -102,7 +113,7 @@ def make_batch(
     if label_similarity is not None:
         if labels is not None or contrast_labels is not None:
             raise ValueError("label_similarity replaces labels and contrast_labels: give one or the other")
-        own: Labels = _similarity(label_similarity, views)
+        own: Labels | None = _similarity(label_similarity, views)
     else:
         own = _labels("labels", labels, "contrast_labels", contrast_labels, views)
     teacher = None
@@ -118,15 +129,16 @@ def make_batch(
     there = _There.of(contrast_weight, ignore_index, own, views)
     if there is not None:
         anchors, contrasts = _without(anchors, there.anchors), _without(contrasts, there.contrasts)
-        own, teacher = there.labels(own), None if teacher is None else there.labels(teacher)
+        own = there.labels(views.sample_labels() if own is None else own)
+        teacher = None if teacher is None else there.labels(teacher)
         weight = _without(anchors.new_ones(anchors.shape[0]) if weight is None else weight, there.anchors)
     views.check_values(anchors, contrasts)
-    is_paired = labels is None and label_similarity is None and teacher is None and there is None
+    is_paired = own is None and teacher is None and there is None
     return Batch(
         anchors,
         contrasts,
         views.self_offset,
-        own,
+        views.sample_labels if own is None else own,
         teacher,
         weight,
         normalize,
@@ -219,6 +231,38 @@ class _Views:
         is_in_step = self.num_anchor_views == 1 or self.num_set_rows == 0
         return n if len(self.features) == 2 and is_in_step else None
 
+    def check_samples(self) -> None:
+        """Refuse what has no positives without labels."""
+        if self.have_other_views:
+            return
+        n, m = self.num_samples, self.num_set_rows
+        if self.contrast_features is None:
+            raise ValueError(
+                "labels is missing and features has one view: nothing could be a positive. Give labels (a teacher's "
+                "alone, too, go there), a second view, or contrast_features"
+            )
+        if m < n:
+            raise ValueError(
+                f"labels is missing: row n of contrast_features is then the positive of sample n, which needs at least "
+                f"{n} rows; got {m}"
+            )
+
+    def sample_labels(self) -> ClassLabels:
+        """Each sample is its own class, of which row n of the set is one if the batch has no other."""
+        n, m = self.num_samples, self.num_set_rows
+        sample = torch.arange(n, device=self.device)
+        anchors = sample.repeat(self.num_anchor_views)
+        if self.are_self_contrast:
+            return ClassLabels(anchors, anchors, are_numbers=True)
+        if self.contrast_features is None:
+            of_set = None
+        elif self.have_other_views:
+            of_set = sample.new_full((m,), n)  # negatives of all
+        else:
+            of_set = torch.cat([sample, sample.new_full((m - n,), n)])
+        contrasts = self.contrast_rows([sample] * len(self.features), of_set)
+        return ClassLabels(anchors, contrasts, are_numbers=True)
+
     @property
     def are_self_contrast(self) -> bool:
         """Whether anchors and contrasts are the same rows."""
@@ -283,7 +327,7 @@ class _There(NamedTuple):
 
     @staticmethod
     def of(
-        contrast_weight: Tensor | None, ignore_index: int | None, labels: Labels, views: "_Views"
+        contrast_weight: Tensor | None, ignore_index: int | None, labels: Labels | None, views: "_Views"
     ) -> "_There | None":
         """None: all of them, and they weigh the same."""
         if contrast_weight is None and ignore_index is None:
@@ -384,20 +428,21 @@ def _labels(
     contrast_name: str,
     contrast_labels: Tensor | None,
     views: _Views,
-) -> Labels:
-    """Classes or label vectors of anchors and contrasts."""
+) -> Labels | None:
+    """Classes or label vectors of anchors and contrasts; None if there are none, and samples are their own classes."""
     if (labels is None) != (contrast_labels is None) and views.contrast_features is not None:
         missing, given = (name, contrast_name) if labels is None else (contrast_name, name)
         raise ValueError(f"{missing} is missing: with contrast_features, {name} and {contrast_name} come together")
+    if contrast_labels is not None and views.contrast_features is None:
+        raise ValueError(f"{contrast_name} describes contrast_features, which is missing")
     if labels is None:
-        return _paired_views(views)
+        views.check_samples()
+        return None
     per_view = _split_labels(name, labels, views)[: len(views.features)]
     anchors = views.anchor_rows(per_view)
     of_set = None
     if views.contrast_features is not None:
         of_set = _check_contrast_labels(contrast_name, contrast_labels, name, anchors, views)
-    elif contrast_labels is not None:
-        raise ValueError(f"{contrast_name} describes contrast_features, which is missing")
     if anchors.dim() == 1:
         per_view, of_set = [_class_values(y) for y in per_view], None if of_set is None else _class_values(of_set)
         left = views.anchor_rows(per_view)
@@ -412,32 +457,6 @@ def _labels(
 def _class_values(labels: Tensor) -> Tensor:
     """Integers of all types compare by value."""
     return labels.detach() if labels.is_floating_point() else labels.to(torch.int64)
-
-
-def _paired_views(views: _Views) -> ClassLabels:
-    """No labels: each sample is its own class, of which row n of the set is one if the batch has no other."""
-    n, m = views.num_samples, views.num_set_rows
-    sample = torch.arange(n, device=views.device)
-    anchors = sample.repeat(views.num_anchor_views)
-    if views.contrast_features is None:
-        if not views.have_other_views:
-            raise ValueError(
-                "labels is missing and features has one view: nothing could be a positive. Give labels (a teacher's "
-                "alone, too, go there), a second view, or contrast_features"
-            )
-        of_set = None
-    elif views.have_other_views:
-        of_set = sample.new_full((m,), n)  # negatives of all
-    elif m < n:
-        raise ValueError(
-            f"labels is missing: row n of contrast_features is then the positive of sample n, which needs at least "
-            f"{n} rows; got {m}"
-        )
-    else:
-        of_set = torch.cat([sample, sample.new_full((m - n,), n)])
-    if views.are_self_contrast:
-        return ClassLabels(anchors, anchors, are_numbers=True)
-    return ClassLabels(anchors, views.contrast_rows([sample] * len(views.features), of_set), are_numbers=True)
 
 
 def _split_labels(name: str, labels: Tensor | Sequence[Tensor], views: _Views) -> Sequence[Tensor]:
@@ -596,9 +615,9 @@ def _check_contrast_weight(weight: Tensor, ones: Tensor, views: _Views) -> tuple
     return ones if views.self_offset is None else weight[: views.num_anchors], weight
 
 
-def _check_ignore_index(ignore_index: int, labels: Labels) -> tuple[Tensor, Tensor]:
+def _check_ignore_index(ignore_index: int, labels: Labels | None) -> tuple[Tensor, Tensor]:
     """The class numbers of anchors and contrasts."""
-    if not isinstance(labels, ClassLabels) or labels.are_numbers:
+    if not isinstance(labels, ClassLabels):
         given = {VectorLabels: "label vectors", Similarity: "label_similarity"}.get(type(labels), "no labels")
         raise ValueError(
             f"ignore_index is a class number, and goes with labels (N,); got {given}: leave rows out by "

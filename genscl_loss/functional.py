@@ -36,7 +36,7 @@ from genscl_loss._distributed import Members, sum_over
 from genscl_loss._global import facts, global_log_likelihoods, no_log_likelihoods
 from genscl_loss._library import as_tensor
 from genscl_loss._likelihood import EPS, loss_of
-from genscl_loss._positives import Similarity, has_gradient, num_classes, positives, similarity_matrix
+from genscl_loss._positives import Similarity, has_gradient, positives, similarity_matrix
 from genscl_loss._unit import unit_pair
 
 if TYPE_CHECKING:
@@ -331,21 +331,20 @@ def collapsed_loss(
 def _losses(batch: Batch, scale: Tensor | float, backend: str, is_probability: bool) -> list[tuple[Tensor, Tensor]]:
     """The loss and W_i of each anchor, for the labels and for the teacher's: both share the softmax."""
     anchors, contrasts, self_offset = batch.anchors, batch.contrasts, batch.self_offset
-    backend = choose(
-        backend, anchors, batch.num_contrasts, sum(map(num_classes, batch.all_labels)), is_self=contrasts is None
-    )
+    backend = choose(backend, anchors, batch.num_contrasts, batch.num_classes, is_self=contrasts is None)
     if batch.num_contrasts == 0:
         z, others = unit_pair(anchors, contrasts, batch.normalize)
         return _losses_of(no_log_likelihoods(z, others, scale, len(batch.all_labels)), is_probability)
     if backend == "dense":
-        is_paired = batch.partner is not None
-        weights = [] if is_paired else [similarity_matrix(y, self_offset, anchors.dtype) for y in batch.all_labels]
+        all_labels = [] if batch.partner is not None else batch.all_labels
+        weights = [similarity_matrix(y, self_offset, anchors.dtype) for y in all_labels]
         return dense.losses(
             anchors, contrasts, scale, batch.contrast_weight, weights, self_offset,
             normalize=batch.normalize, is_probability=is_probability, partner=batch.partner, num_live=batch.num_live,
         )  # fmt: skip
-    constant = [y for y in batch.all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
-    if len(constant) == len(batch.all_labels):
+    all_labels = batch.all_labels
+    constant = [y for y in all_labels if not isinstance(y, Similarity) and not has_gradient(y)]
+    if len(constant) == len(all_labels):
         partner = batch.partner if backend == "tiled" else None
         options = linear.Options(
             self_offset, partner, batch.num_live, batch.normalize, is_probability, _precision(batch), backend

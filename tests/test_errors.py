@@ -178,6 +178,7 @@ TABLE = [
     ),
     ("keys without labels", ONE, {"labels": HARD, "contrast_features": KEYS}, ValueError, "^contrast_labels"),
     ("key labels without keys", ONE, {"labels": HARD, "contrast_labels": HARD}, ValueError, "^contrast_labels"),
+    ("key labels without keys and labels", F, {"contrast_labels": HARD}, ValueError, "^contrast_labels describes"),
     (
         "key labels without labels",
         ONE,

@@ -135,7 +135,7 @@ def test_few_calls_into_torch(labels, backend):
 @pytest.mark.parametrize(
     ("labels", "backend", "forward", "backward"),
     [
-        ("none", "dense", 29, 18),
+        ("none", "dense", 27, 18),
         ("hard", "dense", 20, 15),
         ("soft", "dense", 24, 15),
         ("none", "tiled", 29, 36),
