@@ -22,7 +22,8 @@ from genscl_loss._backends.choice import Costs, Sizes
 # (N, D, C) of a self-contrast, then (N, M, D, C) of a queue; C = 0: class numbers.
 SELF = [(16, 128, 100), (64, 128, 0), (128, 16, 10), (256, 128, 100), (512, 16, 0), (512, 128, 100), (1024, 16, 10)]
 SELF += [(1024, 128, 0), (2048, 32, 0), (2048, 128, 100), (256, 512, 1000), (512, 512, 0), (1024, 512, 100)]
-SELF += [(256, 2048, 1000), (512, 2048, 0), (1024, 1024, 1000), (512, 128, 10000)]
+SELF += [(256, 2048, 1000), (512, 2048, 0), (1024, 1024, 1000), (512, 128, 10000), (512, 32, 5000)]
+SELF += [(1024, 16, 20000), (2048, 32, 10000)]
 QUEUE = [(1, 65536, 128, 0), (64, 4096, 128, 100), (256, 4096, 128, 0), (64, 65536, 16, 0), (16, 32768, 128, 100)]
 
 
@@ -65,7 +66,8 @@ def equations(timed: list[Timed]) -> tuple[torch.Tensor, torch.Tensor]:
         pairs, dense_products = one.sizes.dense_work()
         logits, linear_products = one.sizes.linear_work()
         numbers = one.sizes.numbers
-        left += [[1, pairs, numbers, 0, 0, 0, dense_products], [0, 0, 0, 1, logits, numbers, linear_products]]
+        dense, linear = [1, pairs, numbers, dense_products], [1, logits, numbers, linear_products]
+        left += [dense + [0] * 4, [0] * 4 + linear]
         right += [one.dense * 1e12, one.linear * 1e12]
     return torch.tensor(left, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
 

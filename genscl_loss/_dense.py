@@ -31,7 +31,7 @@ from genscl_loss._library import as_tensor, is_batched, without_autocast
 from genscl_loss._likelihood import EPS, loss_of
 from genscl_loss._unit import inverse_lengths, unit_pair, unit_rows_grad
 
-_BLOCK = 512  # rows of a sum of a matrix and its transpose that exist at a time
+_BLOCK = 256  # rows and columns of a part of a matrix that is added to its transpose
 
 
 def losses(
@@ -171,17 +171,14 @@ class _Losses(torch.autograd.Function):
         with without_autocast(anchors.device):
             if torch.is_grad_enabled() or any(map(is_batched, grads)):
                 return *_again(ctx, (anchors, contrasts, as_tensor(scale, anchors)), weight, weights, grads), *none
-            per_mass = [(grad / (mass + EPS)).mul_(scale) for grad, mass in zip(grads, masses, strict=True)]
+            # Of likelihoods, times the scale; the loss is minus a likelihood over its mass.
+            c = [(grad / (-EPS - mass)).mul_(scale) for grad, mass in zip(grads, masses, strict=True)]
             if likelihood is not None:
-                missing = torch.expm1(likelihood).mul_(per_mass[0])  # minus (1 - p)
-                d_logits = kept * (missing / total).neg_()[:, None]
-                d_logits.scatter_(1, weights[0], missing[:, None])
+                excess = torch.expm1(likelihood).mul_(c[0])  # c (p - 1)
+                d_logits = kept * (excess / total)[:, None]
+                d_logits.scatter_(1, weights[0], excess.neg_()[:, None])
             else:
-                d_logits = kept.exp() if weight is None else (kept + weight.log()).exp_()
-                of_all, *others_of_all = [c * mass for c, mass in zip(per_mass, masses, strict=True)]
-                d_logits.mul_(sum(others_of_all, of_all)[:, None])
-                for c, w in zip(per_mass, weights, strict=True):
-                    d_logits.addcmul_(w, c[:, None], value=-1)
+                d_logits = _softmax_grad([x[:, None] for x in c], weights, masses, kept, weight)
             d_others = None
             if contrasts is None:
                 d_z = _times_symmetric(d_logits, z)
@@ -199,6 +196,19 @@ class _Losses(torch.autograd.Function):
                 if d_others is not None:
                     unit_rows_grad(d_others[live], others[live], other_factor[live])
         return d_z if wanted[0] else None, d_others, d_scale, *none
+
+
+def _softmax_grad(
+    c: Sequence[Tensor], weights: Sequence[Tensor], masses: Sequence[Tensor], log_p: Tensor, weight: Tensor | None
+) -> Tensor:
+    """sum_l c_l (w_l - W_l p): the derivative with respect to the logits, for all labels l; c is (A, 1)."""
+    d = weights[0] * c[0]
+    for factor, w in zip(c[1:], weights[1:], strict=True):
+        d.addcmul_(w, factor)
+    if weight is None:  # the same in one pass, in which the sums of rows are taken again
+        return torch._log_softmax_backward_data(d, log_p, 1, d.dtype)
+    of_rows = sum(factor * mass[:, None] for factor, mass in zip(c, masses, strict=True))
+    return d.sub_((log_p + weight.log()).exp_().mul_(of_rows))
 
 
 def _halves(both: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -230,11 +240,23 @@ def _columns(partner: int, anchors: Tensor, contrasts: Tensor | None) -> Tensor:
 
 
 def _times_symmetric(d_logits: Tensor, z: Tensor) -> Tensor:
-    """(d_logits + d_logits^T) z: both sides of the logits of a self-contrast."""
-    if len(z) <= _BLOCK:
+    """(d_logits + d_logits^T) z: both sides of the logits of a self-contrast.
+
+    By one product with the sum, or by two where z is narrow: they then cost less than reading the other way round.
+    """
+    count, width = z.shape
+    if width < (128 if count <= 512 else 256):
+        return torch.addmm(d_logits @ z, d_logits.T, z)
+    if count <= 512:
         return (d_logits + d_logits.T) @ z
-    blocks = (slice(first, first + _BLOCK) for first in range(0, len(z), _BLOCK))
-    return torch.cat([(d_logits[rows] + d_logits.T[rows]) @ z for rows in blocks])
+    blocks = [slice(first, first + _BLOCK) for first in range(0, count, _BLOCK)]
+    out, both = torch.empty_like(z), z.new_empty(_BLOCK, count)
+    for rows in blocks:
+        some = both[: len(z[rows])]
+        for columns in blocks:  # square, so that what is read against its order stays in cache
+            torch.add(d_logits[rows, columns], d_logits[columns, rows].T, out=some[:, columns])
+        torch.mm(some, z, out=out[rows])
+    return out
 
 
 def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:

@@ -136,8 +136,8 @@ def test_few_calls_into_torch(labels, backend):
     ("labels", "backend", "forward", "backward"),
     [
         ("none", "dense", 27, 18),
-        ("hard", "dense", 20, 15),
-        ("soft", "dense", 24, 15),
+        ("hard", "dense", 19, 13),
+        ("soft", "dense", 24, 13),
         ("none", "tiled", 29, 36),
         ("hard", "tiled", 33, 38),
         ("soft", "tiled", 34, 40),

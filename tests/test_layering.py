@@ -49,7 +49,7 @@ ARROWS = {
     "_positives.operator": {"_positives.alignment", "_positives.fused", "_positives.labels", "_library"},
     "_positives.alignment": {"_positives.sums", "_unit"},
     "_positives.sums": {"_library"},
-    "_positives.labels": {"_library", "_unit"},
+    "_positives.labels": {"_checks", "_library", "_unit"},
     "_backends": {"_backends.choice", "_backends.dense", "_backends.operator", "_library"},
     "_backends.choice": {"_backends.fused", "_backends.plans", "_checks", "_choices", "_library"},
     "_backends.operator": {"_backends.dense", "_backends.fused", "_backends.tiled", "_library"},

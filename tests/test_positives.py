@@ -63,14 +63,20 @@ def parts(request, monkeypatch):
             monkeypatch.setattr(sums, name, size)
 
 
-@pytest.fixture(params=["chosen", "by_total", "by_sweep", "by_pairs"])
+def three_classes(weights, x):
+    """`by_total` of many classes, at a time three of them."""
+    return sums._by_total_of_few_rows(weights, x, 3)
+
+
+@pytest.fixture(params=["chosen", "by_total", "three_classes", "by_sweep", "by_pairs"])
 def way(request, monkeypatch):
     """Each way to sum over label vectors, in the place of the one that would be chosen."""
     if request.param != "chosen":
-        chosen = getattr(sums, request.param)
+        chosen = three_classes if request.param == "three_classes" else getattr(sums, request.param)
+        of_all = three_classes if chosen is three_classes else sums.by_total
 
         def choose(num_anchors, num_contrasts, width, columns, like, self_offset, is_kept):
-            return sums.by_total if self_offset is None else chosen, torch.float64
+            return of_all if self_offset is None else chosen, torch.float64
 
         monkeypatch.setattr(alignment, "_cheapest_way", choose)
     return request.param
@@ -94,6 +100,24 @@ def test_values_and_derivatives_are_those_of_the_matrix(a, m, self_offset, kind,
         torch.testing.assert_close(y, reference)
     for gradient, reference in zip(gradients(ours), gradients(exact), strict=True):
         torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("count", [200, 128, 100])
+def test_many_classes_of_few_rows_are_taken_some_at_a_time(count, monkeypatch):
+    monkeypatch.setattr(sums, "_CHUNK_OF_ALL", 6 * 64)
+    a, z = torch.rand(6, count, dtype=torch.float64), torch.randn(6, D, dtype=torch.float64)
+    taken = []
+
+    def part(rows, classes):
+        taken.append(classes.stop - classes.start)
+        return a[rows, classes]
+
+    labels = sums.Matrix(part, 6, count, a.dtype, a.device)
+    weights = sums.Weights(labels, labels, 0, sums.by_total)
+    ((rows, columns, found),) = weights.of(sums.matrix(z, z.dtype))
+    assert max(taken) == 64
+    assert sum(taken) == 2 * count
+    torch.testing.assert_close(found, (a @ a.T).fill_diagonal_(0) @ z)
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])

@@ -4,7 +4,7 @@
 matrix products, both look at every logit, and either has operations whose number does not depend on sizes:
 
     dense     call + logit A M + row (A + M) (D + C) + product A M (2 D + C)
-    linear    the same, with constants of its own, and product (2 A M D + labels)
+    linear    the same, with constants of its own, and product (2 A M D + labels), in small matrices
 
 in a self-contrast, whose gradient is one product with a symmetric matrix. Labels cost 3 (A + M) C D products there, or
 what pairs cost, 3 A M (C + D), if that is less. Matrices of the dense equation are taken while they are small, or not
@@ -34,22 +34,23 @@ class Costs:
     dense_call: int
     dense_logit: int  # all passes over a matrix entry, forward and backward
     dense_row: int  # a number of a row or a label vector
+    dense_product: int  # a thousand multiplications and additions of a matrix product
     linear_call: int
     linear_logit: int
     linear_row: int
-    product: int  # a thousand multiplications and additions of a matrix product
+    linear_product: int
 
 
-# CPU: `python benchmarks/fit_choice.py` on two cores of an AMD EPYC (AVX-512), torch 2.13.0. CUDA: estimates from the
-# number of launches and the rates of an H100, none of them measured.
+# CPU: `python benchmarks/fit_choice.py` on two cores of an AMD EPYC (AVX2), torch 2.13.0; with AVX-512 most were within
+# a third of these. CUDA: estimates from the number of launches and the rates of an H100, none of them measured.
 _COSTS = {
     "cpu": {
-        torch.float32: Costs(590_000_000, 6_700, 2_200, 1_990_000_000, 3_900, 8_000, 11_000),
-        torch.float64: Costs(590_000_000, 12_300, 3_100, 1_990_000_000, 3_600, 9_500, 25_000),
+        torch.float32: Costs(700_000_000, 9_500, 2_200, 14_500, 2_300_000_000, 3_500, 8_500, 20_000),
+        torch.float64: Costs(700_000_000, 17_000, 4_000, 27_000, 2_400_000_000, 4_500, 14_500, 42_000),
     },
     "cuda": {
-        torch.float32: Costs(110_000_000, 25, 10, 200_000_000, 2, 20, 40),
-        torch.float64: Costs(110_000_000, 50, 20, 200_000_000, 40, 40, 40),
+        torch.float32: Costs(110_000_000, 25, 10, 40, 200_000_000, 2, 20, 40),
+        torch.float64: Costs(110_000_000, 50, 20, 40, 200_000_000, 40, 40, 40),
     },
 }
 
@@ -103,7 +104,7 @@ class Sizes:
             return False
         dense = costs.dense_call + costs.dense_logit * pairs + costs.dense_row * self.numbers
         linear = costs.linear_call + costs.linear_logit * logits + costs.linear_row * self.numbers
-        return dense + costs.product * dense_products <= linear + costs.product * linear_products
+        return dense + costs.dense_product * dense_products <= linear + costs.linear_product * linear_products
 
 
 def available_backends() -> tuple[str, ...]:

@@ -125,10 +125,9 @@ def _label_grads(
     """The weights of these sums, u_i z_i . z_j + v_i, are inner products as those of labels are."""
     (z, others), (a, b), offset = given.rows, given.labels, given.self_offset
     way, dtype = _cheapest_way(len(z), len(others), z.shape[1] + 1, a.shape[1], z, offset, lambda: False)
-    weighted, last = matrix(z, dtype, u[:, None]), (torch.zeros_like(u) if v is None else v).to(dtype)[:, None]
-    ones_beside = _with_one(matrix(others, dtype))
-    part = remember(lambda rows, _: torch.cat([weighted.part(rows, ALL), last[rows]], 1))
-    left, right = (replace(x, columns=z.shape[1] + 1) for x in (replace(weighted, part=part), ones_beside))
+    last = (torch.zeros_like(u) if v is None else v).to(dtype)
+    left = _with_column(matrix(z, dtype, u[:, None]), last)
+    right = _with_column(matrix(others, dtype), last.new_ones(len(others)))
     weights = Weights(left, right, offset, way)
     a_factor = inverse_lengths(a.detach())
     b_factor = a_factor if given.contrast_labels is None else inverse_lengths(b.detach())
@@ -220,6 +219,12 @@ def _with_one(x: Matrix) -> Matrix:
         return out
 
     return replace(x, part=remember(part), ones=1)
+
+
+def _with_column(x: Matrix, last: Tensor) -> Matrix:
+    """One column more."""
+    part = remember(lambda rows, cols: torch.cat([x.part(rows, ALL), last[rows, None]], 1)[:, cols])
+    return replace(x, part=part, columns=x.columns + 1)
 
 
 def _times_u_and_one(x: Matrix, u: Tensor) -> Matrix:

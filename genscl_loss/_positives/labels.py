@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from genscl_loss._checks import is_transformed
 from genscl_loss._library import matmul
 from genscl_loss._unit import unit_rows
 
@@ -52,8 +53,9 @@ def has_gradient(labels: Labels) -> bool:
 def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtype) -> Tensor:
     """w, (A, M), with zeros in the self terms."""
     if isinstance(labels, ClassLabels):
-        equal = labels.anchors.unsqueeze(1) == labels.contrasts
-        weights = (equal if labels.there is None else equal & labels.there).to(dtype)
+        weights = _equal(labels.anchors, labels.contrasts, dtype)
+        if labels.there is not None:
+            weights *= labels.there
     elif isinstance(labels, VectorLabels):
         left = unit_rows(labels.anchors)
         right = left if labels.contrasts is labels.anchors else unit_rows(labels.contrasts)
@@ -63,6 +65,14 @@ def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtyp
     if self_offset is not None:
         weights.diagonal(self_offset).zero_()
     return weights
+
+
+def _equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """One where a_i is b_j, zero elsewhere, (A, M)."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return (a.unsqueeze(1) == b).to(dtype)
+    # Without a matrix of another type between.
+    return torch.eq(a.unsqueeze(1), b, out=a.new_empty(a.shape[0], b.shape[0], dtype=dtype))
 
 
 def class_numbers(labels: ClassLabels) -> tuple[Tensor, Tensor]:

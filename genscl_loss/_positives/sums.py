@@ -26,6 +26,7 @@ from genscl_loss._library import has_fast_float64
 
 _CHUNK = 2**18  # numbers of a part of a matrix on CPU, where it stays in cache (2 MiB)
 _CHUNK_ELSEWHERE = 2**20  # where launches cost more (8 MiB)
+_CHUNK_OF_ALL = 2**20  # numbers of a part that has all rows, where that has many classes
 _FEWEST = 256  # rows of a part, however wide: products of fewer are slow
 _FEWEST_COLUMNS = 16  # of a part
 _TABLE = 2**19  # numbers of sums by class number that exist at a time
@@ -127,6 +128,10 @@ def _add_by_class(total: Tensor, numbers: Tensor, rows: Tensor) -> None:
 def by_total(weights: Weights, x: Matrix) -> Sums:
     """Sums for vectors, the self term subtracted."""
     left, right = weights.left, weights.right
+    few = _CHUNK_OF_ALL // max(1, left.rows, right.rows)
+    if max(_FEWEST_COLUMNS, x.copies * x.columns) <= few < right.columns:
+        yield from _by_total_of_few_rows(weights, x, few)
+        return
     step = chunk(max(right.columns, x.columns), x.device)
     products = (_product(right.part(rows, ALL), x.part(rows, ALL)) for rows in slices(right.rows, step))
     total = next(products)
@@ -141,6 +146,21 @@ def by_total(weights: Weights, x: Matrix) -> Sums:
             weight = (anchors[selves] * right.part(own, ALL)).sum(1, keepdim=True)
             sums[selves].addcmul_(weight, x.part(own, ALL), value=-1)
         yield rows, ALL, sums
+
+
+def _by_total_of_few_rows(weights: Weights, x: Matrix, step: int) -> Sums:
+    """The same, so many classes at a time: those of all rows are made once, and multiplied both ways."""
+    left, right = weights.left, weights.right
+    rows, others = slice(0, left.rows), slice(0, right.rows)
+    selves, own = self_rows(rows, right.rows, weights.self_offset)
+    values, sums = x.part(others, ALL), x.zeros(left.rows, ALL)
+    weight = sums.new_zeros(own.stop - own.start, 1)
+    for classes in slices(right.columns, step):
+        a, b = left.part(rows, classes), right.part(others, classes)
+        sums.addmm_(a, _product(b, values).to(sums.dtype))
+        weight.add_((a[selves] * b[own]).sum(1, keepdim=True))
+    sums[selves].addcmul_(weight, values[own], value=-1)
+    yield rows, ALL, sums
 
 
 def _product(labels: Tensor, rows: Tensor) -> Tensor:
