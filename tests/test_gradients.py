@@ -399,6 +399,18 @@ def test_float32_gradient_across_real_tiles_is_within_1e_5_of_float64(number, ta
     assert error(ours.grad, wanted.grad) <= 1e-5
 
 
+@pytest.mark.parametrize(("rows", "width"), [(40, 20), (40, 200), (530, 20), (530, 300)])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_both_sides_of_the_dense_logits_by_one_product_or_two(rows, width, teacher):
+    features = random_features(rows, 1, width, seed=31)[:, 0]
+    soft, teacher_labels = soft_rows(rows, C, seed=32), soft_rows(rows, C, seed=33) if teacher else None
+    arguments = {"temperature": 0.1, "teacher_labels": teacher_labels}
+    ours, exact = leaf(features), leaf(features)
+    gen_supcon_loss(ours, soft, backend="dense", **arguments).backward()
+    reference_loss(exact, soft, **arguments).backward()
+    torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.not_on_triton("needs float64")
 def test_the_upstream_gradient_reaches_every_anchor(backend, small_tile):
     # reduction="none" with a different upstream gradient per anchor, negative and zero among them
