@@ -6,8 +6,7 @@
 
 The plan says what is compared, and `benchmarks/training/REGISTRATION.md` why. Runs are those of
 `examples/train_cifar.py`, one thread each, at the lowest priority, two at a time. One that was cut off goes on from its
-last checkpoint; several of these commands, also at once, share the work. The plan computes in bfloat16: without
-instructions for it (AVX512-BF16, AMX) a processor takes many times as long. Of each finished run one small file is kept
+last checkpoint; several of these commands, also at once, share the work. Of each finished run one small file is kept
 under `--results`. Checkpoints stay in `--local`: without them a teacher is trained again, and compared with its file.
 `benchmarks/report_training.py` makes tables and figures.
 """

@@ -22,7 +22,7 @@ JUDGES = {"linear": "linear probe", "knn": "kNN"}
 HYPOTHESES = (("mix", "supcon"), ("kd", "mix"))
 OTHERS = (("kd", "supcon"), ("supcon", "ce"), ("mix", "ce"), ("kd", "ce"))
 OTHERS += (("ce_mix", "ce"), ("mix", "ce_mix"), ("kd", "ce_mix"))
-COMPARISONS = ("few", "more")
+COMPARISONS = ("scarce", "few", "more")  # the hypotheses are about the first one
 LONG_ENOUGH = 1.0  # points of kNN that a method may gain in the last fifth of its training
 
 Results = dict[int, dict[str, Any]]  # of the runs of a variant, by seed

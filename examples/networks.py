@@ -82,6 +82,7 @@ ENCODERS = {
     "resnet18": partial(ResNet, (64, 128, 256, 512), (2, 2, 2, 2)),
     "resnet50": partial(ResNet, (64, 128, 256, 512), (3, 4, 6, 3), expansion=4),
     "small": partial(ResNet, (32, 64, 128, 256), (1, 1, 1, 1), stem_stride=2),  # 1.2 million weights
+    "tiny": partial(ResNet, (16, 32, 64, 128), (1, 1, 1, 1), stem_stride=2),  # 0.3 million weights
 }
 
 

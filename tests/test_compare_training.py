@@ -40,7 +40,7 @@ def tiny_plan(folder: Path, **changes: object) -> Path:
         epochs = 3 if name == "few" else 1
         held_out = {"validation": 4} if name == "choose" else {}
         stages[name] |= {"options": {"per_class": 8, "epochs": epochs, **held_out}, "seeds": [0]}
-    del stages["sweep"], stages["more"]
+    del stages["scarce"], stages["sweep"], stages["more"]
     path = folder / "plan.json"
     path.write_text(json.dumps(plan | changes))
     return path
@@ -226,8 +226,8 @@ def test_a_run_that_fails_does_not_stop_the_others(data, tmp_path):
 def test_the_plan_is_what_was_registered():
     plan = training_plan.Plan()
     counts = {stage: len(plan.stage(stage)) for stage in plan.content["stages"]}
-    assert counts == {"choose": 15, "few": 25, "ablation": 21, "sweep": 20, "more": 25}
-    assert [run.name for run in plan.runs()[15:20]] == [f"few/{method}/0" for method in VARIANTS]
+    assert counts == {"choose": 15, "scarce": 25, "few": 25, "ablation": 21, "sweep": 20, "more": 25}
+    assert [run.name for run in plan.runs()[15:20]] == [f"scarce/{method}/0" for method in VARIANTS]
     names = [run.name for run in plan.runs()]
     assert len(set(names)) == len(names)
     for method in VARIANTS:  # the same effort for each

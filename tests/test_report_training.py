@@ -75,7 +75,7 @@ def test_without_runs_nothing_is_written(plan, tmp_path, capsys):
 
 
 def test_what_is_there_is_compared_and_what_is_missing_said(plan, tmp_path, capsys):
-    for run in plan.stage("few"):
+    for run in plan.stage("scarce"):
         number = list(report_training.Report(plan).titles).index(run.method)
         if run.seed < 3 and (run.method, run.seed) != ("kd", 2):
             write(plan, run, 60 + number + 0.1 * run.seed * (run.method == "mix"), 50, [30, 40, 45, 47, 49.5])
@@ -90,8 +90,8 @@ def test_what_is_there_is_compared_and_what_is_missing_said(plan, tmp_path, caps
     assert row(text, "GenSCL, mixup-cutmix − SupCon (hypothesis)") == ["3", expected, "+0.00 [+0.00, +0.00]"]
     count, cell, _ = row(text, "GenSCL, mixup-cutmix + KD − GenSCL, mixup-cutmix (hypothesis)")
     assert (count, cell) == ("2", "+0.95 [+0.31, +1.59]".join(["**", "**"]))
-    assert "few: 14 of 30 runs" in text
-    assert "missing: few/kd/2" in text
+    assert "scarce: 14 of 25 runs" in text
+    assert "missing: scarce/kd/2" in text
     assert "(curves.png)" in text
     assert "250 images per class" not in text
     for name in ("curves.png", "images.png"):
