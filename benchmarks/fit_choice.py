@@ -63,10 +63,10 @@ def equations(timed: list[Timed]) -> tuple[torch.Tensor, torch.Tensor]:
     """What each constant is multiplied by, and the time in picoseconds that should come out."""
     left, right = [], []
     for one in timed:
-        pairs, dense_products = one.sizes.dense_work()
-        logits, linear_products = one.sizes.linear_work()
+        dense_logits, dense_products = one.sizes.dense_work()
+        linear_logits, linear_products = one.sizes.linear_work()
         numbers = one.sizes.numbers
-        dense, linear = [1, pairs, numbers, dense_products], [1, logits, numbers, linear_products]
+        dense, linear = [1, dense_logits, numbers, dense_products], [1, linear_logits, numbers, linear_products]
         left += [dense + [0] * 4, [0] * 4 + linear]
         right += [one.dense * 1e12, one.linear * 1e12]
     return torch.tensor(left, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)

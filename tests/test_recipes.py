@@ -61,6 +61,18 @@ def test_sentence_transformers_call_the_loss_as_the_recipe_has_it():
     assert model[0].embedding.weight.grad.abs().sum() > 0
 
 
+def test_simcse_is_a_cross_entropy_between_two_draws_of_dropout():
+    got = run("Sentence embeddings without labels: SimCSE")
+    queries, keys = map(normalize, got["views"])
+    assert 0.5 < (queries * keys).sum(1).mean() < 0.999
+    same(got["loss"], cross_entropy(queries @ keys.T / 0.05, torch.arange(32)))
+    got["layer"].eval()
+    got["tokens"][:, 8:] = 7  # behind the mask
+    of_other_padding = got["embed"]()
+    got["tokens"][:, 8:] = 0
+    same(got["embed"](), of_other_padding)
+
+
 def test_clip_is_two_cross_entropies_at_the_scale_of_the_checkpoint():
     got = run("CLIP: both directions, logit_scale")
     logits = got["logit_scale"].exp() * normalize(got["image"]) @ normalize(got["text"]).T

@@ -8,7 +8,7 @@ matrix products, both look at every logit, and either has operations whose numbe
 
 in a self-contrast, whose gradient is one product with a symmetric matrix. Labels cost 3 (A + M) C D products there, or
 what pairs cost, 3 A M (C + D), if that is less. Matrices of the dense equation are taken while they are small, or not
-much larger than features and labels are.
+much larger than features and labels are; beyond a cache their logits count twice.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from genscl_loss._choices import BACKENDS
 from genscl_loss._library import constant, is_exporting
 
 _MATRICES = 7  # halves of a matrix that the dense equation holds at its peak
+_CACHED = 2**21  # logits of a matrix that stays in cache, or nearly
 _SMALL = 2**26  # bytes of them that never matter
 _SHARE = 8  # of the bytes of rows and label vectors, that they may take beyond
 
@@ -45,8 +46,8 @@ class Costs:
 # a third of these. CUDA: estimates from the number of launches and the rates of an H100, none of them measured.
 _COSTS = {
     "cpu": {
-        torch.float32: Costs(700_000_000, 9_500, 2_200, 14_500, 2_300_000_000, 3_500, 8_500, 20_000),
-        torch.float64: Costs(700_000_000, 17_000, 4_000, 27_000, 2_400_000_000, 4_500, 14_500, 42_000),
+        torch.float32: Costs(700_000_000, 8_000, 2_200, 14_500, 2_300_000_000, 3_500, 8_500, 20_000),
+        torch.float64: Costs(700_000_000, 15_000, 4_000, 27_000, 2_400_000_000, 4_500, 14_500, 42_000),
     },
     "cuda": {
         torch.float32: Costs(110_000_000, 25, 10, 40, 200_000_000, 2, 20, 40),
@@ -79,9 +80,10 @@ class Sizes:
         return rows * (self.features + self.classes)
 
     def dense_work(self) -> tuple[int, int]:
-        """Logits, and thousands of products."""
+        """Logits, each twice where matrices leave the cache, and thousands of products."""
         pairs = self.anchors * self.contrasts
-        return pairs, pairs * (2 * self.features + self.classes) // 1000
+        passes = 1 if pairs <= _CACHED else 2
+        return passes * pairs, pairs * (2 * self.features + self.classes) // 1000
 
     def linear_work(self) -> tuple[int, int]:
         """Logits, and thousands of products."""
@@ -97,13 +99,13 @@ class Sizes:
         """Whether the dense equation is faster than a backend of linear memory, and not too large."""
         costs = _COSTS.get(self.device, _COSTS["cpu"])[self.dtype]
         itemsize = 8 if self.dtype == torch.float64 else 4
-        pairs, dense_products = self.dense_work()
-        logits, linear_products = self.linear_work()
-        matrices = _MATRICES * itemsize * pairs // 2
+        matrices = _MATRICES * itemsize * self.anchors * self.contrasts // 2
         if matrices > _SMALL and matrices > _SHARE * itemsize * self.numbers:
             return False
-        dense = costs.dense_call + costs.dense_logit * pairs + costs.dense_row * self.numbers
-        linear = costs.linear_call + costs.linear_logit * logits + costs.linear_row * self.numbers
+        dense_logits, dense_products = self.dense_work()
+        linear_logits, linear_products = self.linear_work()
+        dense = costs.dense_call + costs.dense_logit * dense_logits + costs.dense_row * self.numbers
+        linear = costs.linear_call + costs.linear_logit * linear_logits + costs.linear_row * self.numbers
         return dense + costs.dense_product * dense_products <= linear + costs.linear_product * linear_products
 
 
