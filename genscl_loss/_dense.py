@@ -31,6 +31,7 @@ from genscl_loss._library import as_tensor, is_batched, without_autocast
 from genscl_loss._likelihood import EPS, loss_of
 from genscl_loss._unit import inverse_lengths, unit_pair, unit_rows_grad
 
+_ROWS = 512  # of a part of a matrix beside the whole ones
 _BLOCK = 256  # rows and columns of a part of a matrix that is added to its transpose
 
 
@@ -202,13 +203,27 @@ def _softmax_grad(
     c: Sequence[Tensor], weights: Sequence[Tensor], masses: Sequence[Tensor], log_p: Tensor, weight: Tensor | None
 ) -> Tensor:
     """sum_l c_l (w_l - W_l p): the derivative with respect to the logits, for all labels l; c is (A, 1)."""
-    d = weights[0] * c[0]
-    for factor, w in zip(c[1:], weights[1:], strict=True):
-        d.addcmul_(w, factor)
-    if weight is None:  # the same in one pass, in which the sums of rows are taken again
-        return torch._log_softmax_backward_data(d, log_p, 1, d.dtype)
-    of_rows = sum(factor * mass[:, None] for factor, mass in zip(c, masses, strict=True))
-    return d.sub_((log_p + weight.log()).exp_().mul_(of_rows))
+    if weight is not None:
+        p = (log_p + weight.log()).exp_()
+        d = p.mul_(sum(factor * -mass[:, None] for factor, mass in zip(c, masses, strict=True)))
+        return _plus(d, c, weights)
+    # The same in one pass, in which the sums of rows are taken again.
+    if len(log_p) <= _ROWS:
+        return torch._log_softmax_backward_data(_plus(None, c, weights), log_p, 1, log_p.dtype)
+    d = torch.empty_like(log_p)
+    for first in range(0, len(log_p), _ROWS):  # without another matrix
+        rows = slice(first, first + _ROWS)
+        some = _plus(None, [factor[rows] for factor in c], [w[rows] for w in weights])
+        torch._log_softmax_backward_data(some, log_p[rows], 1, d.dtype, out=d[rows])
+    return d
+
+
+def _plus(d: Tensor | None, c: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Add sum_l c_l w_l to d, in place; a new tensor if d is None."""
+    for factor, w in zip(c, weights, strict=True):
+        d = factor * w if d is None else d.addcmul_(w, factor)
+    assert d is not None
+    return d
 
 
 def _halves(both: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
