@@ -35,6 +35,12 @@ def test_many_features_and_classes_make_the_dense_equation_worth_more():
     assert on_cpu(520, d=4096, c=20000) == "dense"
 
 
+def test_logits_beyond_a_cache_count_twice():
+    """Beside a queue, 256 x 4096 of them took 5.9 ms dense and 7.3 ms tiled; 64 x 65536 63 ms and 34 ms."""
+    assert on_cpu(256, 4096, d=16) == "dense"
+    assert on_cpu(64, 65536, d=16) == "tiled"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n, m", [(16384, None), (64, 10**6), (4096, None), (256, 65536), (1, 10**6)])
 def test_matrices_are_small_or_not_much_larger_than_what_is_given(n, m, dtype):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from genscl_loss import gen_supcon_loss
+from genscl_loss._backends import choice
 from genscl_loss._backends.tiled import TILE
 
 D, C = 32, 20
@@ -65,6 +66,13 @@ def test_memory_grows_linearly(kind):
     few, many = 4096, 16384
     per_row = (peak_bytes(*make(many, kind), "tiled") - peak_bytes(*make(few, kind), "tiled")) / (many - few)
     assert per_row <= 16 * 4 * (D + C)  # sixteen rows of features and labels; a matrix would take 4 (many + few) bytes
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_dense_equation_holds_three_matrices_and_a_part(kind):
+    """Weights, logarithms of probabilities and the gradient: what the choice of a backend counts on."""
+    n = 3072
+    assert peak_bytes(*make(n, kind), "dense") <= choice._MATRICES / 2 * 4 * n * n
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
