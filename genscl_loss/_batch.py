@@ -80,7 +80,9 @@ class Batch:
 
 
 def _of_anchors(labels: Labels) -> Labels:
-    return labels if isinstance(labels, Similarity) else labels._replace(contrasts=labels.anchors)
+    if isinstance(labels, ClassLabels):  # field by field: PyTorch 2.6 does not compile `_replace`
+        return ClassLabels(labels.anchors, labels.anchors, labels.are_numbers, labels.there)
+    return labels if isinstance(labels, Similarity) else VectorLabels(labels.anchors, labels.anchors)
 
 
 def make_batch(
@@ -344,7 +346,7 @@ class _There(NamedTuple):
     def labels(self, labels: Labels) -> Labels:
         """The same, but rows that are not there are nobody's positives."""
         if isinstance(labels, ClassLabels):
-            return labels._replace(there=self.contrasts)
+            return ClassLabels(labels.anchors, labels.contrasts, labels.are_numbers, self.contrasts)
         if isinstance(labels, Similarity):
             return Similarity(torch.where(self.anchors[:, None] & self.contrasts, labels.weights, 0))
         left = _without(labels.anchors, self.anchors)

@@ -387,7 +387,7 @@ def _reduce(loss: Tensor, mass: Tensor, problem: _Problem, num_anchors: int, mem
         loss = loss * counts  # a product, not a choice: what is NaN stays NaN
         weight = counts if weight is None else weight * counts
     is_plain = problem.reduction == "mean" and weight is None and members is None
-    if is_plain and num_anchors and isinstance(factor, float) and factor == 1:
+    if is_plain and num_anchors > 0 and isinstance(factor, float) and factor == 1:
         return loss.mean()  # the factor's default, and one launch less on a GPU
     total = _sum(loss, members)
     if problem.reduction == "sum":

@@ -396,7 +396,7 @@ def test_an_average_of_states_that_mixes_integers_is_refused_by_key(kind):
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 asks itself for one
 # ------------------------------------------------------------------ torch.distributed.checkpoint
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # which it is
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")  # which it is
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_distributed_checkpoint_of_one_process(kind, tmp_path):
     model = trained(kind)

@@ -895,7 +895,7 @@ def test_products_are_of_a_type_that_the_processor_multiplies(monkeypatch, capsy
         return train_cifar.parse_options(["--data", "x", "--device", "cpu", *options]).amp
 
     for found, expected in ({"avx2": True}, "off"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         assert amp() == expected
         assert amp("--amp", "off") == "off"
         capsys.readouterr()

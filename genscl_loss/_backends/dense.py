@@ -69,6 +69,6 @@ def logits(anchors: Tensor, contrasts: Tensor, scale: Tensor | float, left_out: 
         # Behind autograd's back: probability and weight are zero there, and so is every derivative.
         # By slices: an offset in `diagonal` would be a constant of a compiled graph.
         entries = s.detach()
-        entries = entries[max(0, -offset) :, max(0, offset) :] if offset else entries
+        entries = entries[max(0, -offset) :, max(0, offset) :] if offset != 0 else entries
         entries.diagonal().fill_(torch.finfo(s.dtype).min)
     return s
