@@ -6,9 +6,9 @@ matrix products, both look at every logit, and either has operations whose numbe
     dense     call + logit A M + row (A + M) (D + C) + product A M (2 D + C)
     linear    the same, with constants of its own, and product (2 A M D + labels), in small matrices
 
-in a self-contrast, whose gradient is one product with a symmetric matrix. Labels cost 3 (A + M) C D products there, or
-what pairs cost, 3 A M (C + D), if that is less. Matrices of the dense equation are taken while they are small, or not
-much larger than features and labels are; beyond a cache their logits count twice.
+in a self-contrast, whose gradient is one product with a symmetric matrix (or two narrow ones). Labels cost
+3 (A + M) C D products there, or what pairs cost, 3 A M (C + D), if that is less. Matrices of the dense equation are taken
+while they are small, or not much larger than features and labels are; beyond a cache their logits count twice.
 """
 
 from dataclasses import dataclass
