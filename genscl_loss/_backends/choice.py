@@ -7,8 +7,8 @@ matrix products, both look at every logit, and either has operations whose numbe
     linear    the same, with constants of its own, and product (2 A M D + labels), in small matrices
 
 in a self-contrast, whose gradient is one product with a symmetric matrix (or two narrow ones). Labels cost
-3 (A + M) C D products there, or what pairs cost, 3 A M (C + D), if that is less. Matrices of the dense equation are taken
-while they are small, or not much larger than features and labels are; beyond a cache their logits count twice.
+3 (A + M) C D products there, or what pairs cost, 3 A M (C + D), if that is less. Matrices of the dense equation are
+taken while they are small, or not much larger than features and labels are; beyond a cache their logits count twice.
 """
 
 from dataclasses import dataclass
