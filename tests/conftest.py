@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Hashable
 
+import interpreter
 import pytest
 import torch
 from devices import run_losses_on
@@ -14,7 +15,9 @@ from hypothesis import HealthCheck, settings
 
 from genscl_loss._backends import fused
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, also in what they start
+# NumPy reads it where it is imported first, which is in the processes that run tests side by side: one thread each.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # also for torch, and in what tests start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -22,6 +25,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None and not fused._is_t
 INTERPRETED = _HAS_TRITON and not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on the CPU, as Python
+    interpreter.hasten()
 
 # With the tensors of all calls of the loss there: the contract's tests on a GPU (benchmarks/gpu.py).
 MOVED_TO = os.environ.get("GENSCL_TEST_DEVICE")

@@ -775,6 +775,7 @@ def test_an_error_of_the_encoder_leaves_its_buffers():
     assert encoder.calls == 0
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_runs():
     script = Path(__file__).parents[1] / "benchmarks" / "bench_cached.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}

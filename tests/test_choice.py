@@ -120,12 +120,14 @@ def test_an_exported_program_serves_batches_on_both_sides_of_the_choice(kind, st
         torch.testing.assert_close(program(*given), gen_supcon_loss(*given))
 
 
+@pytest.mark.exhaustive
 def test_the_constants_can_be_measured_anywhere():
     command = [sys.executable, str(ROOT / "benchmarks" / "fit_choice.py"), "--smoke"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert said.startswith("torch.float32: Costs(dense_call=")
 
 
+@pytest.mark.exhaustive
 def test_the_grid_names_its_worst_cell_and_the_backend(tmp_path):
     sizes = ["--n", "8", "--d", "4", "--labels", "none", "hardN", "soft10", "--queue", "0", "20", "--seconds", "0"]
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_grid.py"), *sizes, "--busy", "1", "--no-plot"]

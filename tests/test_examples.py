@@ -87,9 +87,8 @@ def test_it_shows_its_progress(smoke):
     assert "seed 1: GenSCL mixup-cutmix + KD: 100%" in smoke[0].stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--seeds", "0"], pytest.param(["--per-class", "91"], marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--per-class", "91"]])
 def test_wrong_numbers_are_refused_before_any_work(arguments, tmp_path):
     done = run(*arguments, "--out", str(tmp_path / "none"))
     assert done.returncode == 2

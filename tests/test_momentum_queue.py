@@ -115,6 +115,7 @@ def test_an_interrupted_run_goes_on_as_if_it_was_not(finished, tmp_path):
     assert torch.equal(state["queue"]["_extra_state"], expected["queue"]["_extra_state"])
 
 
+@pytest.mark.exhaustive
 def test_wrong_numbers_are_refused():
     done = run("--batch", "51")
     assert done.returncode == 2

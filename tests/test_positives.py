@@ -120,6 +120,7 @@ def test_many_classes_of_few_rows_are_taken_some_at_a_time(count, monkeypatch):
     torch.testing.assert_close(found, (a @ a.T).fill_diagonal_(0) @ z)
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("a, m, self_offset", SHAPES)

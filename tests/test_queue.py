@@ -6,14 +6,11 @@ import copy
 import io
 import pickle
 import re
-import time
-import traceback
-from datetime import timedelta
 
+import distributed
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -669,27 +666,20 @@ def _in_ddp(rank: int, group: object) -> dict:
     return {"own rows": same, "gradient": bool(model.encoder.weight.grad.abs().max() > 0)}
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=30)
-    )
-    world, pair = dist.group.WORLD, dist.new_group([0, 1])
-    results = {}
-    try:
-        results["hard"] = _steps(rank, 11, world, soft=False)
-        results["soft"] = _steps(rank, 4, world, soft=True)
-        results["resumed"] = _steps(rank, 11, world, soft=False, resume_at=2)
-        results["unlabelled"] = _steps(rank, 11, world, soft=False, resume_at=2, labelled=False)
-        results["broken"] = _broken(rank, world)
-        results["pair"] = _outsider(pair) if rank == 2 else _steps(rank, 11, pair, soft=True)
-        results["copied"] = _copied(rank, world)
-        results["ddp"] = _in_ddp(rank, world)
-    except Exception:
-        results["failed"] = traceback.format_exc()
-    torch.save(results, f"{folder}/{rank}.pt")
+def _work() -> dict:
+    rank, world, pair = dist.get_rank(), dist.group.WORLD, dist.new_group([0, 1])
+    results = {
+        "hard": _steps(rank, 11, world, soft=False),
+        "soft": _steps(rank, 4, world, soft=True),
+        "resumed": _steps(rank, 11, world, soft=False, resume_at=2),
+        "unlabelled": _steps(rank, 11, world, soft=False, resume_at=2, labelled=False),
+        "broken": _broken(rank, world),
+        "pair": _outsider(pair) if rank == 2 else _steps(rank, 11, pair, soft=True),
+        "copied": _copied(rank, world),
+        "ddp": _in_ddp(rank, world),
+    }
     dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -697,18 +687,7 @@ def processes(tmp_path_factory) -> list[dict]:
     """What three processes found, started once for all tests: starting is what takes the time."""
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("needs torch.distributed with gloo")
-    folder = tmp_path_factory.mktemp("processes")
-    context, deadline = mp.spawn(_work, (str(folder),), nprocs=WORLD, join=False), time.monotonic() + 60
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    results = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-    failures = [found["failed"] for found in results if "failed" in found]
-    assert not failures, "\n".join(failures)
-    return results
+    return distributed.run(WORLD, _work, tmp_path_factory.mktemp("processes"))
 
 
 def _by_one_process(size: int, soft: bool, ranks: int = WORLD, labelled: bool = True) -> list:

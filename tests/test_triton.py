@@ -938,6 +938,7 @@ def test_a_training_step_can_be_captured_in_a_graph(learnable):
 # ---- What torch makes of the operators ----
 
 
+@pytest.mark.strength(1)
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("a, m, self_offset", [(6, None, 0), (3, 9, 5), (8, 8, None)])
 def test_the_operators_are_registered_correctly(a, m, self_offset, precision):
@@ -1117,6 +1118,18 @@ genscl_loss.gen_supcon_loss(torch.randn(4, 3), torch.arange(4) % 2, backend="tri
 
 
 # ---- Offsets beyond 32 bits ----
+
+
+@pytest.mark.skipif(ON_GPU, reason="needs the interpreter, which looks for it")
+def test_integers_that_do_not_fit_are_noticed():
+    """So are those of the kernels, where a 32-bit offset would have to be a 64-bit one."""
+    from overflow import squares
+
+    squares[(1,)](left := torch.tensor([46340], dtype=torch.int32))
+    assert left.item() == 46340**2
+    with pytest.raises(Exception, match="overflow"):
+        squares[(1,)](torch.tensor([46341], dtype=torch.int32))
+
 
 FAR_ROWS = """
 import mmap
