@@ -23,7 +23,7 @@ help:  ## Show this list
 
 setup: $(VENV)/.installed-dev $(VENV)/.documenting  ## Create .venv and install the package with all development tools
 
-test: lint types setup  ## Lint, check types, run the tests: nine minutes
+test: lint types setup  ## Lint, check types, run the tests: six minutes
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(SHARE) $(ARGS)
 
 # Properties again, with more examples.
