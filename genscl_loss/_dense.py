@@ -146,26 +146,32 @@ class _Losses(torch.autograd.Function):
         of_pairs: tuple[Tensor | None, ...] = (None, None)
         with without_autocast(anchors.device):
             z, factor = _unit(anchors, normalize)
-            others, other_factor = (z, factor) if contrasts is None else _unit(contrasts, normalize)
+            others, other_factor, of_logits = z, factor, None
+            if contrasts is not None:
+                # Where a set has more numbers than there are logits, these are multiplied, and it is not copied.
+                if normalize and not ctx.needs_input_grad[1] and len(z) <= contrasts.shape[1]:
+                    others, of_logits = contrasts, inverse_lengths(contrasts)
+                else:
+                    others, other_factor = _unit(contrasts, normalize)
             if partner is None:
-                kept = dense.log_softmax(z, others, scale, self_offset, weight)
+                kept = dense.log_softmax(z, others, scale, self_offset, weight, of_logits)
                 likelihoods = [(w * kept).sum(1) for w in weights]
             else:
-                likelihood, kept, total = _of_pairs(z, others, scale, self_offset, weights[0])
+                likelihood, kept, total = _of_pairs(z, others, scale, self_offset, weights[0], of_logits)
                 if not normalize:  # NaN if an entry is infinite: a logit may pass for one that is merely large
                     likelihood += (torch.linalg.vector_norm(others, torch.inf) + torch.linalg.vector_norm(z, 1, 1)) * 0
                 likelihoods, of_pairs = [likelihood], (likelihood, total)
             found = tuple(loss_of(x, mass, is_probability) for x, mass in zip(likelihoods, masses, strict=True))
         ctx.known_scale, variable = (None, scale) if isinstance(scale, Tensor) else (scale, None)
-        rows = anchors, contrasts, z, None if contrasts is None else others, factor, other_factor
+        rows = anchors, contrasts, z, None if contrasts is None else others, factor, other_factor, of_logits
         ctx.save_for_backward(*rows, variable, weight, kept, *of_pairs, *weights_and_masses)
         ctx.options, ctx.is_probability, ctx.num_live = options, is_probability, num_live
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, contrasts, z, others, factor, other_factor, scale, weight, kept, *saved = ctx.saved_tensors
-        likelihood, total, *weights_and_masses = saved
+        anchors, contrasts, z, others, factor, other_factor, of_logits, *saved = ctx.saved_tensors
+        scale, weight, kept, likelihood, total, *weights_and_masses = saved
         (weights, masses), wanted = _halves(weights_and_masses), ctx.needs_input_grad[:3]
         scale = ctx.known_scale if scale is None else scale
         none = [None] * (4 + len(weights_and_masses))
@@ -184,6 +190,8 @@ class _Losses(torch.autograd.Function):
             if contrasts is None:
                 d_z = _times_symmetric(d_logits, z)
             else:
+                if of_logits is not None:
+                    d_logits.mul_(of_logits.T)
                 d_z = d_logits @ others
                 if wanted[1]:
                     d_others = torch.empty_like(others) if ctx.num_live is None else torch.zeros_like(others)
@@ -231,13 +239,18 @@ def _halves(both: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 def _of_pairs(
-    z: Tensor, others: Tensor, scale: Tensor | float, self_offset: int | None, columns: Tensor
+    z: Tensor,
+    others: Tensor,
+    scale: Tensor | float,
+    self_offset: int | None,
+    columns: Tensor,
+    factor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The likelihood of each positive; exponentials of the other logits, up to a factor of the row, and their sums.
 
     The exponential of the positive means nothing.
     """
-    logits = dense.logits(z, others, scale, [] if self_offset is None else [self_offset])
+    logits = dense.logits(z, others, scale, [] if self_offset is None else [self_offset], factor)
     positive = logits.gather(1, columns)
     logits.scatter_(1, columns, torch.finfo(logits.dtype).min)
     largest = logits.amax(1, keepdim=True)

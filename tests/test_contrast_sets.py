@@ -281,3 +281,32 @@ def test_the_module_keeps_include_batch():
     )
     with pytest.raises(TypeError, match="^include_batch"):
         GenSupConLoss(include_batch=None)
+
+
+# ---- Few anchors before a large set ----
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("kind", ["hard", "soft", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_a_set_may_be_of_any_length(backend, count, kind, dtype):
+    """Whether they are scaled or, where anchors are fewer than features, the logits."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("needs float32")
+    m, d = 50, 16
+    lengths = torch.logspace(-17, 18, m, dtype=torch.float64)[:, None]
+    lengths[3] = 0
+    x, others = rows(count, d, seed=1).to(dtype), (torch.nn.functional.normalize(rows(m, d)) * lengths).to(dtype)
+    given = {"contrast_features": others, "temperature": torch.tensor(0.1, dtype=dtype)}
+    if kind != "none":
+        of_anchors, of_set = (hard(n, seed=n) if kind == "hard" else soft(n, 20, seed=n).flatten(1) for n in (count, m))
+        given |= {"labels": of_anchors, "contrast_labels": of_set * lengths if kind == "soft" else of_set}
+    inputs = x, given["temperature"]
+    found = []
+    for function, extra in ((gen_supcon_loss, {"backend": backend}), (reference_loss, {})):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        loss = function(leaves[0], **(given | {"temperature": leaves[1]}), **extra)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for value, expected in zip(*found, strict=True):
+        error = (value.double() - expected.double()).norm() / expected.double().norm()
+        assert error <= (2e-5 if dtype == torch.float32 else 1e-12)

@@ -106,3 +106,14 @@ def test_a_million_contrasts_take_two_copies_at_most(kind):
     contrasts = {"contrast_features": torch.randn(m, d, generator=generator), "contrast_labels": labels[64:]}
     rows = 4 * m * (d if kind == "hard" else d + c)
     assert peak_bytes(features, labels[:64], "auto", **contrasts) <= 2 * rows
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_few_anchors_copy_no_set(kind):
+    """Logits are multiplied by what makes rows, and label vectors, of the set unit ones."""
+    m, d, c = 10**5, 128, 64
+    features, others = torch.randn(4, d, requires_grad=True), torch.randn(m, d)
+    soft = torch.rand(4 + m, c)
+    labels = soft.argmax(1) if kind == "hard" else soft
+    peak = peak_bytes(features, labels[:4], "auto", contrast_features=others, contrast_labels=labels[4:])
+    assert peak < 4 * m * min(c, d) / 2

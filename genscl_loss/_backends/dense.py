@@ -13,7 +13,12 @@ from genscl_loss._library import matmul
 
 
 def log_softmax(
-    anchors: Tensor, contrasts: Tensor, scale: Tensor | float, self_offset: int | None, weight: Tensor | None = None
+    anchors: Tensor,
+    contrasts: Tensor,
+    scale: Tensor | float,
+    self_offset: int | None,
+    weight: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Logarithm of exp(s_ij) / sum_{k != self} c_k exp(s_ik) with s_ij = scale * anchors_i . contrasts_j.
 
@@ -23,12 +28,13 @@ def log_softmax(
         scale: 0-dim, one over the temperature.
         self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
         weight: c, (M,); None: one for all.
+        factor: What makes contrasts unit rows, (M, 1), where they are not yet; None: they are what they are to be.
 
     Returns:
         (A, M); meaningless, but finite, in the self terms and where the weight is zero.
     """
     left_out = [] if self_offset is None else [self_offset]
-    s = logits(anchors, contrasts, scale, left_out)
+    s = logits(anchors, contrasts, scale, left_out, factor)
     if weight is None:
         return s.log_softmax(1)
     lse = _row_lse(_weighted(s, weight))
@@ -60,9 +66,18 @@ def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return (weights * log_p).sum(1), weights.sum(1)
 
 
-def logits(anchors: Tensor, contrasts: Tensor, scale: Tensor | float, left_out: Sequence[int]) -> Tensor:
+def logits(
+    anchors: Tensor,
+    contrasts: Tensor,
+    scale: Tensor | float,
+    left_out: Sequence[int],
+    factor: Tensor | None = None,
+) -> Tensor:
     """The logits s_ij, (A, M); the lowest number where j = i + d for one d of `left_out`."""
-    s = matmul(anchors * scale, contrasts.T)
+    if factor is None:
+        s = matmul(anchors * scale, contrasts.T)
+    else:
+        s = matmul(anchors, contrasts.T).mul_((factor * scale).T)
     for offset in left_out:
         # Before the maximum is taken: the self term is the largest of its row, and with it in the maximum all others
         # underflow at small temperature. The lowest number instead of -inf, which times a weight of zero would be NaN.

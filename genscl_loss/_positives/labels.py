@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from genscl_loss._checks import is_transformed
 from genscl_loss._library import matmul
-from genscl_loss._unit import unit_rows
+from genscl_loss._unit import inverse_lengths, unit_rows
 
 
 class ClassLabels(NamedTuple):
@@ -57,9 +57,14 @@ def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtyp
         if labels.there is not None:
             weights *= labels.there
     elif isinstance(labels, VectorLabels):
-        left = unit_rows(labels.anchors)
-        right = left if labels.contrasts is labels.anchors else unit_rows(labels.contrasts)
-        weights = matmul(left, right.T).to(dtype)
+        left, right = unit_rows(labels.anchors), labels.contrasts
+        if right is labels.anchors:
+            weights = matmul(left, left.T)
+        elif len(left) <= left.shape[1] and not (right.requires_grad or torch.compiler.is_compiling()):
+            weights = matmul(left, right.T).mul_(inverse_lengths(right).T)  # without a copy of many rows
+        else:
+            weights = matmul(left, unit_rows(right).T)
+        weights = weights.to(dtype)
     else:
         weights = labels.weights.to(dtype, copy=True)
     if self_offset is not None:
