@@ -149,8 +149,10 @@ class _Losses(torch.autograd.Function):
             others, other_factor, of_logits = z, factor, None
             if contrasts is not None:
                 # Where a set has more numbers than there are logits, these are multiplied, and it is not copied.
-                if normalize and not ctx.needs_input_grad[1] and len(z) <= contrasts.shape[1]:
-                    others, of_logits = contrasts, inverse_lengths(contrasts)
+                has_set = num_live is not None or not ctx.needs_input_grad[1]
+                if normalize and has_set and len(z) <= contrasts.shape[1]:
+                    others, other_factor = contrasts, inverse_lengths(contrasts.detach())
+                    of_logits = other_factor
                 else:
                     others, other_factor = _unit(contrasts, normalize)
             if partner is None:
@@ -163,14 +165,15 @@ class _Losses(torch.autograd.Function):
                 likelihoods, of_pairs = [likelihood], (likelihood, total)
             found = tuple(loss_of(x, mass, is_probability) for x, mass in zip(likelihoods, masses, strict=True))
         ctx.known_scale, variable = (None, scale) if isinstance(scale, Tensor) else (scale, None)
-        rows = anchors, contrasts, z, None if contrasts is None else others, factor, other_factor, of_logits
+        rows = anchors, contrasts, z, None if contrasts is None else others, factor, other_factor
         ctx.save_for_backward(*rows, variable, weight, kept, *of_pairs, *weights_and_masses)
         ctx.options, ctx.is_probability, ctx.num_live = options, is_probability, num_live
+        ctx.scales_logits = of_logits is not None
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, contrasts, z, others, factor, other_factor, of_logits, *saved = ctx.saved_tensors
+        anchors, contrasts, z, others, factor, other_factor, *saved = ctx.saved_tensors
         scale, weight, kept, likelihood, total, *weights_and_masses = saved
         (weights, masses), wanted = _halves(weights_and_masses), ctx.needs_input_grad[:3]
         scale = ctx.known_scale if scale is None else scale
@@ -190,20 +193,19 @@ class _Losses(torch.autograd.Function):
             if contrasts is None:
                 d_z = _times_symmetric(d_logits, z)
             else:
-                if of_logits is not None:
-                    d_logits.mul_(of_logits.T)
-                d_z = d_logits @ others
                 if wanted[1]:
                     d_others = torch.empty_like(others) if ctx.num_live is None else torch.zeros_like(others)
                     live = slice(ctx.num_live)
                     torch.mm(d_logits[:, live].T, z, out=d_others[live])
+                d_z = (d_logits.mul_(other_factor.T) if ctx.scales_logits else d_logits) @ others
             d_scale = None
             if wanted[2]:  # in a self-contrast d_z holds both sides of each logit: count half
                 d_scale = ((z * d_z).sum() / (2 * scale if contrasts is None else scale)).to(scale.dtype)
             if factor is not None:
                 unit_rows_grad(d_z, z, factor)
                 if d_others is not None:
-                    unit_rows_grad(d_others[live], others[live], other_factor[live])
+                    some, factor = others[live], other_factor[live]
+                    unit_rows_grad(d_others[live], some * factor if ctx.scales_logits else some, factor)
         return d_z if wanted[0] else None, d_others, d_scale, *none
 
 

@@ -289,7 +289,8 @@ def test_the_module_keeps_include_batch():
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("kind", ["hard", "soft", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_of_a_set_may_be_of_any_length(backend, count, kind, dtype):
+@pytest.mark.parametrize("include_batch", [False, True])
+def test_rows_of_a_set_may_be_of_any_length(backend, count, kind, dtype, include_batch):
     """Whether they are scaled or, where anchors are fewer than features, the logits."""
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("needs float32")
@@ -297,7 +298,8 @@ def test_rows_of_a_set_may_be_of_any_length(backend, count, kind, dtype):
     lengths = torch.logspace(-17, 18, m, dtype=torch.float64)[:, None]
     lengths[3] = 0
     x, others = rows(count, d, seed=1).to(dtype), (torch.nn.functional.normalize(rows(m, d)) * lengths).to(dtype)
-    given = {"contrast_features": others, "temperature": torch.tensor(0.1, dtype=dtype)}
+    given = {"contrast_features": others, "include_batch": include_batch}
+    given["temperature"] = torch.tensor(0.1, dtype=dtype)
     if kind != "none":
         of_anchors, of_set = (hard(n, seed=n) if kind == "hard" else soft(n, 20, seed=n).flatten(1) for n in (count, m))
         given |= {"labels": of_anchors, "contrast_labels": of_set * lengths if kind == "soft" else of_set}
