@@ -598,6 +598,8 @@ def test_likely_mistakes_get_a_hint():
         gen_supcon_loss(features, torch.arange(12))
     with pytest.raises(ValueError, match=r"^labels .*features.chunk\(2\) .* features.view\(6, 2, -1\)"):
         gen_supcon_loss(features.flatten(0, 1), torch.arange(6))
+    with pytest.raises(ValueError, match=r"^labels .*features.chunk\(2\) .* features.view\(2, 2, -1\)"):
+        gen_supcon_loss(torch.randn(4, 8), torch.arange(2))
     with pytest.raises(ValueError, match=r"got shape \(5,\)$"):
         gen_supcon_loss(features, torch.arange(5))
     with pytest.raises(TypeError, match="^labels .* got list: torch.tensor makes a tensor of it"):

@@ -84,14 +84,16 @@ def test_gradcheck_labels_of_a_single_view(backend, small_tile):
 
 
 @pytest.mark.not_on_triton("needs float64")
-def test_gradcheck_contrast_labels(backend, small_tile):
+@pytest.mark.parametrize("differentiable", ["both", "those of anchors", "those of contrasts"])
+def test_gradcheck_contrast_labels(backend, small_tile, differentiable):
     features, contrast = random_features(N, V, D, seed=7), random_features(5, 1, D, seed=8)[:, 0]
+    own, others = soft_rows(N, C, seed=9), soft_rows(5, C, seed=10)
     check(
         lambda y, k: gen_supcon_loss(
             features, y, contrast_features=contrast, contrast_labels=k, temperature=0.3, backend=backend
         ),
-        leaf(soft_rows(N, C, seed=9)),
-        leaf(soft_rows(5, C, seed=10)),
+        own if differentiable == "those of contrasts" else leaf(own),
+        others if differentiable == "those of anchors" else leaf(others),
     )
 
 

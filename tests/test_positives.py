@@ -49,12 +49,12 @@ def differentiable(*tensors):
     return [x if x is None or not x.is_floating_point() else x.requires_grad_() for x in tensors]
 
 
-@pytest.fixture(params=["whole", "parts"])
+@pytest.fixture(params=["whole", "parts", "smallest parts"])
 def parts(request, monkeypatch):
     """Sums a few rows, or columns, at a time."""
-    if request.param == "parts":
+    if request.param != "whole":
         for name, size in (
-            ("_CHUNK", 2 * (C + D)),
+            ("_CHUNK", 2 * (C + D) if request.param == "parts" else 1),
             ("_FEWEST", 2),
             ("_BLOCK", 2),
             ("_TABLE", 1),
