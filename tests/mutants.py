@@ -37,7 +37,7 @@ MUTATED = [
     "_positives/sums",
 ]
 FILES = [f"genscl_loss/{name}.py" for name in MUTATED]
-NAMES = ["errors", "backends", "positives", "gradients", "loss", "traps", "module", "memory", "parity"]
+NAMES = ["errors", "backends", "positives", "gradients", "loss", "traps", "module", "memory", "parity", "accuracy"]
 NAMES += ["contrast_sets", "contrast_weights", "mirrored", "triton", "distributed", "distributed_sets"]
 # Triton's interpreter is slow, and no mutated file is its own: of its tests only the one of the choice of precision.
 SELECTED = "not triton or different_dtypes"
