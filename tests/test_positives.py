@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from genscl_loss._positives import ClassLabels, alignment, sums
-from genscl_loss._positives.labels import class_numbers
+from genscl_loss._positives.labels import class_numbers, similarity_matrix
 from genscl_loss._unit import unit_rows
 
 SHAPES = [(6, None, 0), (6, 6, 0), (3, 9, 0), (3, 9, 5), (5, 3, -2), (8, 8, None)]
@@ -163,6 +163,24 @@ def test_class_numbers_are_equal_where_classes_are(dtype):
         assert torch.equal(left[:, None] == right, a[:, None] == b)
         assert ((left >= 0) & (left < max(1, len(a)))).all()
         assert ((right >= 0) & (right <= max(1, len(a)))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [
+    torch.arange(300) % 7,
+    torch.arange(300) % 7 + 2**24,
+    torch.arange(300) % 7 + 2**53,
+    (torch.arange(300) % 7 + 2**24).double(),
+    torch.where(torch.arange(300) % 7 > 2, torch.nan, 1.5),
+    torch.arange(300) % 2 == 0,
+    torch.tensor([2**63 - 1, -(2**63), 2**63 - 2] * 100),
+])  # fmt: skip
+def test_classes_of_many_pairs_are_compared_as_they_are(classes, dtype):
+    """Also where they would be equal in the dtype of the weights."""
+    for others in (classes, classes.flip(0)[:250]):
+        weights = similarity_matrix(ClassLabels(classes, others), None, dtype)
+        assert weights.dtype == dtype
+        assert torch.equal(weights, (classes[:, None] == others).to(dtype))
 
 
 # The ways to sum over label vectors
