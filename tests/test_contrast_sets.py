@@ -303,12 +303,12 @@ def test_rows_of_a_set_may_be_of_any_length(backend, count, kind, dtype, include
     if kind != "none":
         of_anchors, of_set = (hard(n, seed=n) if kind == "hard" else soft(n, 20, seed=n).flatten(1) for n in (count, m))
         given |= {"labels": of_anchors, "contrast_labels": of_set * lengths if kind == "soft" else of_set}
-    inputs = x, given["temperature"]
+    variable = {"features": x} | {k: given[k] for k in ("temperature", *(["labels"] if kind == "soft" else []))}
     found = []
     for function, extra in ((gen_supcon_loss, {"backend": backend}), (reference_loss, {})):
-        leaves = [value.clone().requires_grad_() for value in inputs]
-        loss = function(leaves[0], **(given | {"temperature": leaves[1]}), **extra)
-        found.append([loss, *torch.autograd.grad(loss, leaves)])
+        leaves = {name: value.clone().requires_grad_() for name, value in variable.items()}
+        loss = function(**(given | leaves), **extra)
+        found.append([loss, *torch.autograd.grad(loss, list(leaves.values()))])
     for value, expected in zip(*found, strict=True):
         error = (value.double() - expected.double()).norm() / expected.double().norm()
         assert error <= (2e-5 if dtype == torch.float32 else 1e-12)
