@@ -196,8 +196,8 @@ def gen_supcon_loss(
         weight = check_number("teacher_weight", teacher_weight)
         scale, factor = _scale_and_factor(temperature, base_temperature, batch.anchors)
         options: dict[str, object] = {
-            "temperature": temperature,
-            "base_temperature": base_temperature,
+            "temperature": temperature if isinstance(temperature, Tensor) else float(temperature),  # 1 and 1.0 agree
+            "base_temperature": None if base_temperature is None else float(base_temperature),
             "contrast_mode": contrast_mode,
             "contrast_features": None if contrast_features is None else "given",
             "include_batch": include_batch,
@@ -207,7 +207,9 @@ def gen_supcon_loss(
             "reduction": reduction,
             "teacher_weight": weight,
         }
-        return _Problem(batch, scale, factor, weight, reduction, empty_anchors, backend, options)
+        # A likelihood is one, and not larger; with weights in its denominator it may be.
+        is_probability = contrast_weight is None
+        return _Problem(batch, scale, factor, weight, reduction, empty_anchors, backend, is_probability, options)
 
     return _loss(prepare()) if group is None else _loss_of_group(group, prepare)
 
@@ -222,18 +224,14 @@ class _Problem(NamedTuple):
     reduction: str
     empty_anchors: str
     backend: str
-    options: dict[str, object]  # as given, for messages
+    is_probability: bool
+    options: dict[str, object]  # in which processes of a group have to agree
 
 
 def _loss(problem: _Problem) -> Tensor:
     batch = problem.batch.without_empty_set()
-    losses = _losses(batch, problem.scale, problem.backend, _is_probability(problem))
+    losses = _losses(batch, problem.scale, problem.backend, problem.is_probability)
     return _total(problem, losses, batch.anchors.shape[0], None)
-
-
-def _is_probability(problem: _Problem) -> bool:
-    """Whether a likelihood is one, and not larger: with weights in its denominator it may be."""
-    return problem.options["contrast_weight"] is None
 
 
 def _loss_of_group(group: object, prepare: Callable[[], _Problem]) -> Tensor:
@@ -264,12 +262,13 @@ def _communicating_loss(group: object, prepare: Callable[[], _Problem]) -> Tenso
     num_anchors, counts = zip(*members.agree(agreed, *sizes), strict=True)
     scale = as_tensor(problem.scale, batch.anchors)
     likelihoods = global_log_likelihoods(batch, scale, members, counts, precision=precision, backend=backend)
-    return _total(problem, _losses_of(likelihoods, _is_probability(problem)), sum(num_anchors), members)
+    return _total(problem, _losses_of(likelihoods, problem.is_probability), sum(num_anchors), members)
 
 
 def _told(value: object) -> object:
+    """An option as other processes are told of it."""
     if not isinstance(value, Tensor):
-        return float(value) if isinstance(value, int) else value  # 1 and 1.0 are the same
+        return value
     shown = f"{float(value.detach()):.7g}" if value.device.type == "cpu" else "a tensor"
     return f"{shown}, with gradient" if value.requires_grad else shown
 

@@ -1,6 +1,6 @@
 """Soft-label builders: label smoothing, teacher probabilities, mixup and cutmix.
 
-Pure functions: inputs are never modified, no state is kept. Labels go in as class indices (N,) or as label vectors
+Pure functions: inputs are never modified, no state is kept. Labels go in as class numbers (N,) or as label vectors
 (N, C) and come out as label vectors, in float32, or in float64 where float64 went in.
 
 Random numbers come from `generator`, or from torch's global CPU generator where it is None; the global state is not
@@ -35,8 +35,8 @@ def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: flo
     more after smoothing, never 0.
 
     Args:
-        labels: class indices (N,), any integer dtype or bool, or label vectors (N, C), any real dtype.
-        num_classes: C, required for class indices; for label vectors it may be given, and has to agree.
+        labels: class numbers (N,), any integer dtype or bool, or label vectors (N, C), any real dtype.
+        num_classes: C, required for class numbers; for label vectors it may be given, and has to agree.
         smoothing: s in [0, 1].
 
     Returns:
@@ -45,8 +45,8 @@ def smooth_labels(labels: Tensor, num_classes: int | None = None, smoothing: flo
     Raises:
         TypeError: an argument has the wrong type, or `labels` of shape (N,) are floating point.
         ValueError: wrong shape, `smoothing` outside [0, 1], `num_classes` missing or not the width of `labels`, or a
-            class index outside [0, C). The last is checked on CPU only, as it would make an accelerator wait:
-            elsewhere such a row counts as zeros.
+            class number outside [0, C). On an accelerator, which would have to wait, the last is looked for
+            within `validate()` only, and such a row counts as zeros.
 
     Example:
         >>> import torch
@@ -77,8 +77,8 @@ def teacher_labels(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Raises:
         TypeError: `logits` is not a floating point tensor, or `temperature` not a number.
-        ValueError: `logits` is a scalar, or looks like probabilities (checked on CPU only, as it would make an
-            accelerator wait), or `temperature` is not positive and finite.
+        ValueError: `logits` is a scalar, or looks like probabilities (looked for on CPU, elsewhere within `validate()`:
+            an accelerator would have to wait), or `temperature` is not positive and finite.
 
     Example:
         >>> import torch
@@ -126,8 +126,8 @@ def mixup(
 
     Args:
         images: (N, ...), floating point.
-        labels: class indices (N,) or label vectors (N, C), on the images' device.
-        num_classes: C, required for class indices.
+        labels: class numbers (N,) or label vectors (N, C), on the images' device.
+        num_classes: C, required for class numbers.
         alpha: a number >= 0; 1 draws lambda uniformly, smaller ones nearer to 0 and 1.
         generator: source of the random numbers, on any device; None is torch's global CPU generator.
 
@@ -175,8 +175,8 @@ def cutmix(
 
     Args:
         images: (N, ..., H, W), any dtype.
-        labels: class indices (N,) or label vectors (N, C), on the images' device.
-        num_classes: C, required for class indices.
+        labels: class numbers (N,) or label vectors (N, C), on the images' device.
+        num_classes: C, required for class numbers.
         alpha: a number >= 0; 1 draws the kept area uniformly (before the border cuts), smaller ones nearer to 0 and 1.
         generator: source of the random numbers, on any device; None is torch's global CPU generator.
 
@@ -228,8 +228,8 @@ def mixup_cutmix(
 
     Args:
         images: (N, ..., H, W), floating point.
-        labels: class indices (N,) or label vectors (N, C), on the images' device.
-        num_classes: C, required for class indices.
+        labels: class numbers (N,) or label vectors (N, C), on the images' device.
+        num_classes: C, required for class numbers.
         alpha: the alpha of `mixup`, >= 0.
         cutmix_alpha: the alpha of `cutmix`, >= 0; None takes `alpha`.
         switch_prob: probability of `cutmix`, in [0, 1].
@@ -281,15 +281,15 @@ def _label_vectors(labels: Tensor, num_classes: int | None) -> Tensor:
 
 def _one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
     if num_classes is None:
-        raise ValueError("num_classes is missing: labels are class indices (N,)")
+        raise ValueError("num_classes is missing: labels are class numbers (N,)")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
     indices = labels.long()
-    if indices.device.type == "cpu" and indices.numel() > 0 and not torch.compiler.is_compiling():
+    if indices.numel() > 0 and may_look_at(indices):
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= num_classes:
             hint = "; a row of zeros in label vectors (N, C) says that a sample has no label" if low < 0 else ""
-            raise ValueError(f"labels must be class indices in [0, {num_classes}); got {low} to {high}{hint}")
+            raise ValueError(f"labels must be class numbers in [0, {num_classes}); got {low} to {high}{hint}")
     return (indices[:, None] == torch.arange(num_classes, device=indices.device)).float()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genscl_loss import labels as L
 
@@ -507,5 +508,15 @@ def test_probabilities_are_no_logits(classes, dtype):
 
 
 def test_an_ignored_class_gets_a_hint():
-    with pytest.raises(ValueError, match="^labels must be class indices.*-100.*row of zeros"):
+    with pytest.raises(ValueError, match="^labels must be class numbers.*-100.*row of zeros"):
         L.smooth_labels(torch.tensor([0, -100, 2]), num_classes=3)
+
+
+def test_class_numbers_that_cannot_be_looked_at_are_taken():
+    numbers = torch.tensor([0, 2, 1])
+    expected = L.smooth_labels(numbers, 3)
+    in_vmap = torch.func.vmap(lambda shift: L.smooth_labels((numbers + shift) % 3, 3))(torch.arange(2))
+    assert in_vmap[0].equal(expected)
+    assert in_vmap[1].equal(L.smooth_labels((numbers + 1) % 3, 3))
+    with FakeTensorMode() as fake:
+        assert L.smooth_labels(fake.from_tensor(numbers), 3).shape == (3, 3)

@@ -167,7 +167,7 @@ def auto_backend(
     where = torch.device(device)
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     is_self = num_contrasts is None
-    contrasts = num_anchors if num_contrasts is None else num_contrasts
+    contrasts = max(num_anchors - 1, 0) if num_contrasts is None else num_contrasts  # each anchor but itself
     sizes = Sizes(num_anchors, contrasts, num_features, num_classes, is_self, computed, where.type)
     return "dense" if sizes.dense_is_best() else _linear(computed, num_features, where)
 
