@@ -171,7 +171,7 @@ def _record(
     rows, features = (1001, width - 1) if problem == "ragged" else (1 << (13 if in_chunks else 16), width)
     anchors = torch.empty(rows, features, device="meta")
     contrasts = torch.empty(rows, features, device="meta") if problem in ("rectangular", "first") else None
-    self_offset = None if problem == "rectangular" else 0
+    left_out = [] if problem == "rectangular" else [0]
     scale = torch.tensor(10.0, device="meta" if range == "check" else "cpu")
     unit = range != "online"
     weight = torch.empty(rows if contrasts is None else len(contrasts), device="meta") if range == "weighted" else None
@@ -190,10 +190,10 @@ def _record(
         replaced["weights_plan"] = lambda *line: plan
     with mock.patch.multiple(fused, **replaced):
         lse, sums, split, other = fused.row_lse(
-            anchors, contrasts, scale, self_offset, unit, "highest" if terms == 2 else "high", weight
+            anchors, contrasts, scale, weight, left_out, unit, "highest" if terms == 2 else "high"
         )
         m = rows if contrasts is None else len(contrasts)
-        fused.row_lse_grad(lse, sums, split, other, scale, self_offset, unit, m, features, m, weight)
+        fused.row_lse_grad(lse, sums, split, other, scale, weight, left_out, unit, m, features, m)
     tables = {"row_lse": plans._FORWARD, "row_lse_grad": plans._BACKWARD, "softmax_weights": plans._WEIGHTS}
     lines = {kernel: plan or table[arch].get((width, terms)) for kernel, table in tables.items()}
     programs = {kernel: line.programs for kernel, line in lines.items() if line}

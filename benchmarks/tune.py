@@ -156,14 +156,13 @@ def job(line: Line, n: int) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(n, width, generator=generator), dim=1).to(device())
     grad = torch.rand(n, generator=generator).to(z.device)
-    _, sums, rows, _ = fused.row_lse(z, None, SCALE, 0, True, "highest" if terms == 2 else "high")
+    _, sums, rows, _ = fused.row_lse(z, None, SCALE, None, [0], True, "highest" if terms == 2 else "high")
     if kernel == "row_lse":
-        return lambda: fused._launch_lse(rows, rows, n, n, None, SCALE, 0, True)[1]
+        return lambda: fused._launch_lse(rows, rows, n, n, SCALE, None, 0, True)[1]
     largest = grad.max()
     weights = fused._launch_weights(grad, sums, rows.shape[1], largest)
-    return lambda: fused._launch_grad(
-        rows, rows, n, n, weights, weights, None, None, 0, largest, SCALE, True, width
-    )  # fmt: skip
+    side = fused._Side(rows, n, weights, None)
+    return lambda: fused._launch_grad(side, side, 0, largest, SCALE, True, width)
 
 
 def value(line: Line, parts: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ class Batch:
 
     anchors: Tensor  # (A, D), float32 or float64
     contrasts: Tensor | None  # (M, D); None: the anchors themselves
-    # Anchor i is contrast i + self_offset; None: no anchor is a contrast. 0 while all contrasts are of one process.
+    # Anchor i is contrast i + self_offset: 0, of this process; None: no anchor is a contrast.
     self_offset: int | None
     given_labels: Labels | Callable[[], Labels]  # a function that makes those of samples: `partner` may say as much
     teacher_labels: Labels | None
     sample_weight: Tensor | None  # (A,)
     normalize: bool  # rows are to be scaled to unit length
-    given: torch.dtype  # of the features, if all have the same; otherwise that of the computation
+    feature_dtype: torch.dtype  # as given, if all have the same; otherwise that of the computation
     num_views: int
     # Without labels, where each anchor has but one positive: anchor i has contrast (i + partner) modulo M.
     partner: int | None = None
@@ -40,7 +40,7 @@ class Batch:
     @property
     def half(self) -> bool:
         """Whether products of half precision are all that the features deserve."""
-        return self.given in (torch.float16, torch.bfloat16)
+        return self.feature_dtype in (torch.float16, torch.bfloat16)
 
     @property
     def labels(self) -> Labels:
@@ -144,7 +144,7 @@ def make_batch(
         teacher,
         weight,
         normalize,
-        views.given,
+        views.feature_dtype,
         views.num_given,
         views.partner if is_paired else None,
         views.num_live,
@@ -287,7 +287,7 @@ class _Views:
         return torch.float64 if torch.float64 in self.dtypes else torch.float32
 
     @property
-    def given(self) -> torch.dtype:
+    def feature_dtype(self) -> torch.dtype:
         """The dtype of all features, if they have but one; otherwise that of the computation."""
         dtypes = set(self.dtypes)
         return dtypes.pop() if len(dtypes) == 1 else self.dtype
@@ -339,7 +339,7 @@ class _There(NamedTuple):
         if contrast_weight is not None:
             anchors, weight = _check_contrast_weight(contrast_weight, anchors, views)
         if ignore_index is not None:
-            numbers = _check_ignore_index(ignore_index, labels)
+            numbers = _numbers_to_ignore(labels)
             anchors, weight = (_without(x, y != ignore_index) for x, y in ((anchors, numbers[0]), (weight, numbers[1])))
         return _There(anchors > 0, weight > 0, weight, views.are_self_contrast)
 
@@ -617,7 +617,7 @@ def _check_contrast_weight(weight: Tensor, ones: Tensor, views: _Views) -> tuple
     return ones if views.self_offset is None else weight[: views.num_anchors], weight
 
 
-def _check_ignore_index(ignore_index: int, labels: Labels | None) -> tuple[Tensor, Tensor]:
+def _numbers_to_ignore(labels: Labels | None) -> tuple[Tensor, Tensor]:
     """The class numbers of anchors and contrasts."""
     if not isinstance(labels, ClassLabels):
         given = {VectorLabels: "label vectors", Similarity: "label_similarity"}.get(type(labels), "no labels")

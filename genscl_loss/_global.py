@@ -18,11 +18,13 @@ from genscl_loss._backends import mirrored_row_lse, row_lse
 from genscl_loss._batch import Batch
 from genscl_loss._distributed import Members, gather, gather_with_gradient, sum_over
 from genscl_loss._library import matmul
+from genscl_loss._likelihood import log_likelihood, no_log_likelihoods
 from genscl_loss._positives import (
     ClassLabels,
     Labels,
     Similarity,
     VectorLabels,
+    has_gradient,
     mirrored_positives,
     positives,
     similarity_matrix,
@@ -36,7 +38,7 @@ def facts(batch: Batch) -> dict[str, object]:
     return {
         "views of features": batch.num_views,
         "D of features": batch.anchors.shape[1],
-        "dtype of features": batch.given,
+        "dtype of features": batch.feature_dtype,
         "gradient of features": _has_gradient(batch.anchors),
         "gradient of contrasts": contrasts is not None and _has_gradient(contrasts),
         "labels": _describe(batch.labels),
@@ -102,18 +104,8 @@ def global_log_likelihoods(
                 alignment, mass = mirrored_positives(z, every, classes, first, share)
             else:
                 alignment, mass = _positives_here(z, every, classes, offset, backend)
-        likelihoods.append((torch.addcmul(alignment * scale, mass, lse, value=-1), mass))
+        likelihoods.append((log_likelihood(alignment, mass, lse, scale), mass))
     return likelihoods
-
-
-def no_log_likelihoods(
-    z: Tensor, others: Tensor | None, scale: Tensor | float, num_labels: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Where there is no anchor or no contrast: 0 with a zero gradient, except that what is NaN stays NaN."""
-    zero = z.sum(1) * scale * 0
-    if others is not None:
-        zero = zero + others.sum() * 0
-    return [(zero, zero.detach())] * num_labels
 
 
 def _gather_contrasts(
@@ -122,10 +114,10 @@ def _gather_contrasts(
     """The contrasts of all processes, of unit length if asked for."""
     if _has_gradient(contrasts) and not is_mirrored:
         return gather_with_gradient(contrasts, counts, members)
-    if batch.given == contrasts.dtype:
+    if batch.feature_dtype == contrasts.dtype:
         return gather(contrasts, counts, members)
-    given = batch.anchors if batch.contrasts is None else batch.contrasts  # half precision: half the bytes
-    every = gather(given.to(batch.given), counts, members).to(contrasts.dtype)
+    rows = batch.anchors if batch.contrasts is None else batch.contrasts  # half precision: half the bytes
+    every = gather(rows.to(batch.feature_dtype), counts, members).to(contrasts.dtype)
     return unit_pair(every, None, batch.normalize)[0]
 
 
@@ -155,8 +147,7 @@ def _positives_by_exchange(
     if self_offset is not None:
         alignment_here, mass_here = _positives_here(z, others, labels, self_offset, backend)
         alignment, mass = alignment + alignment_here, mass + mass_here
-    has_gradient = _has_gradient(labels.anchors) or _has_gradient(labels.contrasts)
-    return alignment, mass if has_gradient else mass.detach()
+    return alignment, mass if has_gradient(labels) else mass.detach()
 
 
 def _classes_of_all(labels: ClassLabels, first: int, counts: Sequence[int], members: Members) -> ClassLabels:

@@ -20,8 +20,7 @@ def _new_library() -> tuple[str, Any]:
     for number in range(1, 100):
         namespace = "genscl_loss" if number == 1 else f"genscl_loss_{number}"
         try:
-            # torch leaves this class, and `is_available` in `products.py`, without types: the two exceptions from
-            # strict checking.
+            # torch leaves this class without types, as it does `autograd.Function.apply` and a few others.
             return namespace, torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
         except RuntimeError:  # taken: a namespace has one library that defines it
             continue

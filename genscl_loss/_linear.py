@@ -26,11 +26,18 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from genscl_loss import _linear_fused as in_kernels
-from genscl_loss._backends.operator import fake_pairs, no_second_derivative, pairs, pairs_grad
+from genscl_loss._backends import (
+    diagonals,
+    fake_row_lse,
+    no_second_derivative,
+    pure_row_lse,
+    pure_row_lse_grad,
+    scale_grad,
+)
 from genscl_loss._library import as_tensor, define_operator, only_once
-from genscl_loss._likelihood import EPS, loss_of
-from genscl_loss._positives import ClassLabels, VectorLabels, align, align_grad, compared, labelled
-from genscl_loss._unit import inverse_lengths, unit_rows_grad
+from genscl_loss._likelihood import EPS, likelihood_grad, log_likelihood, loss_of
+from genscl_loss._positives import ClassLabels, VectorLabels, align, align_grad, labelled, numbered_by_kernel
+from genscl_loss._unit import unit_and_factor, unit_rows_grad
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def _numbered(labels: ClassLabels | VectorLabels, are_contrasts: bool, backend: 
         return labels.numbered()
     if backend != "triton" or labels.are_numbers:
         return labels
-    return compared(labels, are_contrasts)
+    return numbered_by_kernel(labels, are_contrasts)
 
 
 def _kernel(
@@ -110,7 +117,7 @@ def _kernel(
     precision: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Losses, masses and alignments, (1, A) or (2, A); then what `pairs_grad` or the kernels want."""
+    """Losses, masses and alignments, (1, A) or (2, A); then what `pure_row_lse_grad` or the kernels want."""
     scale = _tensor_of(scale, known_scale, anchors)
     if backend == "triton":
         all_labels = _label_pairs(a, b, teacher_a, teacher_b)
@@ -119,11 +126,12 @@ def _kernel(
                 anchors, contrasts, scale, weight, all_labels, self_offset, precision, is_probability
             )
     z, others = (_unit(rows, normalize)[0] for rows in (anchors, contrasts))
-    lse, *kept = pairs(z, others, scale, weight, self_offset, partner, normalize, precision, backend)
+    left_out = diagonals(self_offset, partner, len(z), len(z if others is None else others))
+    lse, *kept = pure_row_lse(z, others, scale, weight, left_out, normalize, precision, backend)
     results = []
     for labels in _labels(a, b, teacher_a, teacher_b, are_numbers=are_numbers):
         alignment, mass = align(labelled(z, others, labels, self_offset))
-        likelihood = torch.addcmul(alignment * scale, mass, lse.to(mass.dtype), value=-1)
+        likelihood = log_likelihood(alignment, mass, lse.to(mass.dtype), scale)
         if partner is not None:
             likelihood = logsigmoid(likelihood)
         loss = loss_of(likelihood, mass, is_probability)
@@ -169,7 +177,7 @@ def _fake(
     backend: str,
 ) -> tuple[Tensor, ...]:
     each = [anchors.new_empty(1 if teacher_a is None else 2, anchors.shape[0]) for _ in range(3)]
-    kept = fake_pairs(anchors, contrasts, precision, backend)[1:]
+    kept = fake_row_lse(anchors, contrasts, precision, backend)[1:]
     return *each, *kept, _factors(anchors, contrasts, teacher_a, backend, normalize)
 
 
@@ -182,7 +190,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 17
+        return (None,) * len(ctx.needs_input_grad)
     anchors, contrasts, scale, weight, *saved = ctx.saved_tensors
     labels, kept = saved[:4], saved[4:]
     wanted = list(ctx.needs_input_grad[:3])
@@ -190,7 +198,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         results = _linear_grad(grad, anchors, contrasts, scale, weight, labels, kept, *ctx.options, wanted)
     message = no_second_derivative(ctx.options[-1])
     grads = [only_once(x, message, kept[0]) if want else None for x, want in zip(results, wanted, strict=True)]
-    return *grads, *[None] * 14
+    return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def _grad_kernel(
@@ -212,36 +220,38 @@ def _grad_kernel(
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of anchors, contrasts and scale; empty where not wanted."""
+    """Gradients of anchors, contrasts and scale; the latter two empty where not wanted."""
     loss, mass, alignment, *kept, _ = kept_of_both = kept
     scale = _tensor_of(scale, known_scale, anchors)
-    live = 0 if contrasts is None or not wanted[1] else len(contrasts) if num_live is None else num_live
+    if contrasts is None or not wanted[1]:
+        num_live = 0
+    elif num_live is None:
+        num_live = len(contrasts)
     if backend == "triton":
         all_labels = _label_pairs(*labels)
         if in_kernels.suits(anchors, contrasts, all_labels, self_offset, normalize):
             d_z, d_others, found = in_kernels.losses_grad(
-                grad, anchors, contrasts, scale, weight, all_labels, kept_of_both[1:], self_offset, live, wanted[2]
+                grad, anchors, contrasts, scale, weight, all_labels, kept_of_both[1:], self_offset, num_live, wanted[2]
             )
             return d_z, _with_zeros(d_others, contrasts, anchors), scale.new_empty(0) if found is None else found
-    grad = grad / (-EPS - mass)  # of the log-likelihood; the loss is taken for what it is without rounding
+    grad = likelihood_grad(grad, mass)  # of a loss that is taken for what it is without rounding
     if partner is not None:
         grad.mul_(torch.expm1(loss * (-EPS - mass)).neg_())
     (z, factor), (others, other_factor) = (_unit(rows, normalize) for rows in (anchors, contrasts))
-    d_z, d_others = pairs_grad(
-        (grad * mass).sum(0).neg_(), kept, z, others, scale, weight, self_offset, partner, normalize, backend, live
-    )
+    left_out = diagonals(self_offset, partner, len(z), len(z if others is None else others))
+    of_lse = (grad * mass).sum(0).neg_()
+    d_z, d_others = pure_row_lse_grad(of_lse, kept, z, others, scale, weight, left_out, normalize, backend, num_live)
     d_scale = scale.new_empty(0)
     if wanted[2]:
-        # The log-sum-exp depends on scale through scale * z only; in a self-contrast d_z holds both sides: count half.
-        of_pairs = (z * d_z).sum() / (2 * scale if others is None else scale)
+        of_pairs = scale_grad(z, d_z, scale, is_self=others is None)
         d_scale = (of_pairs + (grad * alignment).sum()).to(scale.dtype)
     for u, own in zip(grad * scale, _labels(*labels, are_numbers=are_numbers), strict=True):
         given = labelled(z, others, own, self_offset)
-        align_grad(u, None, given, (True, live > 0, False, False), onto=(d_z, d_others))
+        align_grad(u, None, given, (True, num_live > 0, False, False), onto=(d_z, d_others))
     if normalize:
         unit_rows_grad(d_z, z, factor)
         if d_others is not None:
-            unit_rows_grad(d_others, others[:live], other_factor[:live])
+            unit_rows_grad(d_others, others[:num_live], other_factor[:num_live])
     return d_z, _with_zeros(d_others, contrasts, anchors), d_scale
 
 
@@ -268,11 +278,11 @@ def _labels(*both: Tensor | None, are_numbers: bool) -> list[ClassLabels | Vecto
 
 
 def _unit(rows: Tensor | None, normalize: bool) -> tuple[Any, Any]:
-    """Rows of unit length, or as they are, and what they were multiplied by."""
-    if rows is None or not normalize:
-        return rows if rows is None else rows.contiguous(), None
-    factor = inverse_lengths(rows.detach())
-    return (rows * factor).contiguous(), factor
+    """Rows of unit length, or as they are, contiguous, and what they were multiplied by."""
+    if rows is None:
+        return None, None
+    unit, factor = unit_and_factor(rows, normalize)
+    return unit.contiguous(), factor
 
 
 def _grad_fake(

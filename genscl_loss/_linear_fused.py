@@ -55,7 +55,7 @@ def losses(
             for side in both:
                 if side is not None and side.label_factor is not None:
                     positives.label_factors(side.labels, side.label_factor)
-        parts = pairs.lse_parts(rows, rows if cols is None else cols, n, m or n, weight, scale, self_offset)
+        parts = pairs.lse_parts(rows, rows if cols is None else cols, n, m or n, scale, weight, self_offset)
         aligned = factors.new_empty(count, 2, n)
         for (left, right), out in zip(sides, aligned, strict=True):
             positives.align(left, right, self_offset, out)
@@ -76,7 +76,7 @@ def losses_grad(
     all_labels: list[LabelPair],
     kept: list[Tensor],
     self_offset: int | None,
-    live: int,
+    num_live: int,
     scale_needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of anchors, of so many contrasts, None if it is 0, and of the scale, if it is needed."""
@@ -91,8 +91,8 @@ def losses_grad(
         )
         largest = torch.linalg.vector_norm(upstream, torch.inf, dim=1)
         parts = pairs.grad_parts(
-            upstream[count], largest[count], sums, rows, None if contrasts is None else cols, scale, self_offset, True,
-            m or n, d, live, weight,
+            upstream[count], largest[count], sums, rows, None if contrasts is None else cols, scale, weight,
+            self_offset, True, m or n, d, num_live,
         )  # fmt: skip
         dots = mass.new_empty(n) if scale_needs_grad else None
         for k, (left, right) in enumerate(sides):

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from genscl_loss import _likelihood
 from genscl_loss._backends.kernels import LN2, merged_sums
 from genscl_loss._kernels import number
 
-EPS = tl.constexpr(1e-8)  # as in `_likelihood.py`
+EPS = tl.constexpr(_likelihood.EPS)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])

@@ -21,6 +21,14 @@ def unit_pair(anchors: Tensor, contrasts: Tensor | None, normalize: bool) -> tup
     return unit_rows(anchors), None if contrasts is None else unit_rows(contrasts)
 
 
+def unit_and_factor(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Unit rows, or rows as they are, and what each was multiplied by, (N, 1): for a gradient that is written down."""
+    if not normalize:
+        return rows, None
+    factor = inverse_lengths(rows.detach())
+    return rows * factor, factor
+
+
 def inverse_lengths(rows: Tensor) -> Tensor:
     """What `unit_rows` multiplies each row by, (N, 1)."""
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

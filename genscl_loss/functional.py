@@ -33,9 +33,9 @@ from genscl_loss._choices import (
     check_choice,
 )
 from genscl_loss._distributed import Members, sum_over
-from genscl_loss._global import facts, global_log_likelihoods, no_log_likelihoods
+from genscl_loss._global import facts, global_log_likelihoods
 from genscl_loss._library import as_tensor
-from genscl_loss._likelihood import EPS, loss_of
+from genscl_loss._likelihood import EPS, log_likelihood, loss_of, no_log_likelihoods
 from genscl_loss._positives import Similarity, has_gradient, positives, similarity_matrix
 from genscl_loss._unit import unit_pair
 
@@ -359,9 +359,8 @@ def _log_likelihoods(batch: Batch, scale: Tensor, backend: str) -> list[tuple[Te
         z, others, scale, batch.self_offset,
         unit=batch.normalize, precision=_precision(batch), backend=backend, weight=batch.contrast_weight,
     )  # fmt: skip
-    # log p_ij = s_ij - lse_i, and sum_j w_ij s_ij needs no matrix.
     found = [positives(z, others, labels, batch.self_offset) for labels in batch.all_labels]
-    return [(torch.addcmul(alignment * scale, mass, lse, value=-1), mass) for alignment, mass in found]
+    return [(log_likelihood(alignment, mass, lse, scale), mass) for alignment, mass in found]
 
 
 def _precision(batch: Batch) -> str:

@@ -43,7 +43,7 @@ class GenSupConLoss(nn.Module):
         empty_anchors: "zero" or "ignore".
         normalize: Scale embeddings to unit length first.
         reduction: "mean", "sum" or "none".
-        group: `torch.distributed` process group whose processes share the batch.
+        group: "world", or a `torch.distributed` process group, whose processes share the batch.
             Copies of the module share it; to pickle the module, set it to None first.
         backend: "auto" or one of `available_backends()`.
         learnable_temperature: Make the temperature a parameter, kept as its logarithm in `log_temperature` and within
@@ -102,9 +102,7 @@ class GenSupConLoss(nn.Module):
         check_choice("backend", backend, BACKENDS)  # whether it can be used is for the device of the features to say
         self.backend = backend
         self.group = group
-        if not isinstance(learnable_temperature, bool):
-            raise TypeError(f"learnable_temperature must be a bool; got {type(learnable_temperature).__name__}")
-        if learnable_temperature:
+        if check_bool("learnable_temperature", learnable_temperature):
             if not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
                 raise ValueError(
                     f"temperature must be in [{_MIN_TEMPERATURE}, {_MAX_TEMPERATURE}] if learnable; got {temperature}"

@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from genscl_loss._checks import check_tensor, check_values, may_look_at
+from genscl_loss._checks import check_count, check_tensor, check_values, may_look_at
 from genscl_loss._distributed import Members, gather
 from genscl_loss._queue_state import DTYPES, State, pack, unpack
 
@@ -42,10 +41,11 @@ class FeatureQueue(nn.Module):
         dim: D, the width of the features.
         num_classes: C, if labels are label vectors (B, C). None: labels are class numbers (B,), or there are none, for
             training without labels.
-        group: Processes that share one queue: each enqueues rows of its own, all get those of all, in the order of
-            their ranks, as if one process had enqueued everything. All must call `enqueue` equally often, with any
-            number of rows, 0 too. Their queues are equal bit for bit. None: this process alone. Do not also pass such a
-            group to the loss, which would gather the queue, the same in every process, once from each.
+        group: Processes that share one queue, "world" or a `torch.distributed` process group: each enqueues rows of its
+            own, all get those of all, in the order of their ranks, as if one process had enqueued everything. All must
+            call `enqueue` equally often, with any number of rows, 0 too. Their queues are equal bit for bit. None: this
+            process alone. Do not also pass such a group to the loss, which would gather the queue, the same in every
+            process, once from each.
 
     Attributes:
         size: As given.
@@ -96,9 +96,9 @@ class FeatureQueue(nn.Module):
         group: "ProcessGroup | Literal['world'] | None" = None,
     ) -> None:
         super().__init__()
-        self.size: int = _positive("size", size)
-        self.dim: int = _positive("dim", dim)
-        self.num_classes: int | None = None if num_classes is None else _positive("num_classes", num_classes)
+        self.size: int = check_count("size", size)
+        self.dim: int = check_count("dim", dim)
+        self.num_classes: int | None = None if num_classes is None else check_count("num_classes", num_classes)
         if group is not None:
             Members.check(group)  # what is wrong with it shows here, not in the first step of training
         self.group = group
@@ -301,14 +301,6 @@ class FeatureQueue(nn.Module):
         self._count = min(self._count + count, self.size)
         if count:
             self._labelled = labels is not None
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-    return int(value)
 
 
 def _check_class_numbers(labels: Tensor, count: int) -> None:

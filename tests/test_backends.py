@@ -127,15 +127,15 @@ def test_terms_far_below_one_are_not_lost(exponent):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_row_lse_is_registered_correctly(a, m, self_offset, dtype):
     anchors, contrasts, scale = make(a, m, dtype)
-    partners = [2, -1]
-    _, sums = tiled.row_lse(anchors, contrasts, scale, partners if self_offset is None else [self_offset, *partners])
+    left_out = [2, -1] if self_offset is None else [self_offset, 2, -1]
+    _, sums, *_ = tiled.row_lse(anchors, contrasts, scale, None, left_out, False, "highest")
     grad = torch.randn_like(sums[0])
     operators = torch.ops.genscl_loss
     leaves = [x if x is None else x.clone().requires_grad_() for x in (anchors, contrasts, scale)]
-    opcheck(operators.row_lse.default, (*leaves, None, self_offset, partners, False, "highest", "tiled"))
+    opcheck(operators.row_lse.default, (*leaves, None, left_out, False, "highest", "tiled"))
     for wanted in (0, 2, a if m is None else m):
         sizes = (a if m is None else m, anchors.shape[1])
-        saved = (sums, anchors, contrasts, scale, None, self_offset, partners, False, *sizes)
+        saved = (sums, anchors, contrasts, scale, None, left_out, False, *sizes)
         opcheck(operators.row_lse_grad.default, (grad, *saved, wanted, "tiled"))
 
 
@@ -144,7 +144,7 @@ def test_operators_take_any_strides():
     scale = torch.tensor(2.0)
     opcheck(
         torch.ops.genscl_loss.row_lse.default,
-        (anchors.requires_grad_(), contrasts.requires_grad_(), scale, None, None, [], False, "highest", "tiled"),
+        (anchors.requires_grad_(), contrasts.requires_grad_(), scale, None, [], False, "highest", "tiled"),
     )
     a, b = torch.rand(6, 8).T, torch.rand(12, 10)[::2, ::2].T
     opcheck(torch.ops.genscl_loss.matmul.default, (a.requires_grad_(), b.T.requires_grad_()[:, :2]), test_utils=SCHEMA)
@@ -245,11 +245,12 @@ def test_one_shift_leaves_room_below_for_processors_without_subnormal_numbers():
 def test_the_logits_of_a_self_contrast_are_symmetric_and_half_of_them_is_computed(small_tile):
     """Values do not show it: what serves logits of any size would give the same, at twice the cost and more."""
     z, _, scale = make(16, None)
-    lse, sums = tiled.row_lse(z, None, scale, [0])
+    given = z, None, scale, None, [0], True
+    lse, sums, *_ = tiled.row_lse(*given, "highest")
     with FlopCounterMode(display=False) as forward:
-        tiled.row_lse(z, None, scale, [0])
+        tiled.row_lse(*given, "highest")
     with FlopCounterMode(display=False) as backward:  # logits only: it does not count what is added in place
-        tiled.row_lse_grad(torch.ones_like(lse), sums, z, None, scale, [0], False)
+        tiled.row_lse_grad(torch.ones_like(lse), sums, *given, 16, z.shape[1], 0)
     matrix, diagonal = 2 * 16 * 16 * z.shape[1], small_tile / 16  # one tile in four is on the diagonal
     assert 0 < forward.get_total_flops() <= matrix * (1 + diagonal) / 2
     assert 0 < backward.get_total_flops() <= matrix * (1 + diagonal) / 2

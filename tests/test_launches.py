@@ -97,8 +97,8 @@ def count(labels: str, backend: str, *, inside: bool, n: int = 256, d: int = 64,
         calls = Calls(inside=inside)
         with (
             contextlib.ExitStack() as stack,
-            patch.object(linear, "pairs", calls.as_one(linear.pairs)),
-            patch.object(linear, "pairs_grad", calls.as_one(linear.pairs_grad)),
+            patch.object(linear, "pure_row_lse", calls.as_one(linear.pure_row_lse)),
+            patch.object(linear, "pure_row_lse_grad", calls.as_one(linear.pure_row_lse_grad)),
             calls,
         ):
             for module in (fused, label_half, _linear_fused) if backend == "triton" else ():

@@ -154,7 +154,7 @@ def test_a_second_derivative_is_refused():
         first.square().sum().backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint64, torch.int32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float32, torch.float64])
 def test_class_numbers_are_equal_where_classes_are(dtype):
     generator = torch.Generator().manual_seed(0)
     anchors, contrasts = (torch.randint(0, 9, (n,), generator=generator).to(dtype) for n in (5, 40))

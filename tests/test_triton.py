@@ -726,10 +726,11 @@ def test_chunks_of_a_share_of_the_batch(chunks):
     """The gradient of anchors that are some of the contrasts, as one of several processes has it."""
     z, scale, own = rows(150, 257), torch.tensor(10.0), slice(10, 145)
     upstream = torch.linspace(-1, 2, 150, device=DEVICE)
-    _, sums, cols, _ = fused.row_lse(z, None, scale, 0, True, "highest")
-    whole, _ = fused.row_lse_grad(upstream, sums, cols, None, scale, 0, True, 150, 257, 0)
+    _, sums, cols, _ = fused.row_lse(z, None, scale, None, [0], True, "highest")
+    whole, _ = fused.row_lse_grad(upstream, sums, cols, None, scale, None, [0], True, 150, 257, 0)
     anchors = fused._split_rows(z[own], "highest")
-    share = fused.mirrored_grad(upstream, sums, anchors, cols, scale, 10, True, 135, 257)
+    numbers = fused.numbers_to_share(upstream, sums)
+    share = fused.mirrored_grad(numbers, anchors, cols, scale, None, 10, True, 135, 257)
     torch.testing.assert_close(share, whole[own], rtol=1e-5, atol=1e-6)
     assert len(chunks) == 2
 
@@ -893,8 +894,8 @@ def test_the_host_reads_nothing_that_the_device_computed(unread_scale, many_mult
     scale, upstream = torch.tensor(10.0).to(DEVICE), torch.ones(150, device=DEVICE)
     with NoReads():
         compute(anchors, contrasts, scale.clone().requires_grad_(), 0, upstream, unit=unit)
-        _, sums, left, right = fused.row_lse(anchors, contrasts, scale, 0, unit, "highest")
-        fused.row_lse_grad(upstream, sums, left, right, scale, 0, unit, m or 150, 16, m or 150)
+        _, sums, left, right = fused.row_lse(anchors, contrasts, scale, None, [0], unit, "highest")
+        fused.row_lse_grad(upstream, sums, left, right, scale, None, [0], unit, m or 150, 16, m or 150)
 
 
 @needs_gpu
@@ -943,24 +944,22 @@ def test_a_training_step_can_be_captured_in_a_graph(learnable):
 @pytest.mark.parametrize("a, m, self_offset", [(6, None, 0), (3, 9, 5), (8, 8, None)])
 def test_the_operators_are_registered_correctly(a, m, self_offset, precision):
     anchors, contrasts = rows(a, 20), None if m is None else rows(m, 20, seed=1)
-    operators = torch.ops.genscl_loss
+    operators, left_out = torch.ops.genscl_loss, [] if self_offset is None else [self_offset]
     for scale in (torch.tensor(5.0), torch.tensor(5.0).to(DEVICE).requires_grad_()):
         leaves = [x if x is None else x.clone().requires_grad_() for x in (anchors, contrasts)]
-        opcheck(operators.row_lse.default, (*leaves, scale, None, self_offset, [], True, precision, "triton"))
+        opcheck(operators.row_lse.default, (*leaves, scale, None, left_out, True, precision, "triton"))
     scale = scale.detach()
-    lse, sums, left, right = operators.row_lse(
-        anchors, contrasts, scale, None, self_offset, [], True, precision, "triton"
-    )
+    lse, sums, left, right = operators.row_lse(anchors, contrasts, scale, None, left_out, True, precision, "triton")
     right = None if m is None else right
     for wanted in (False, True):
         rows_of = a if m is None else m
-        saved = (torch.ones_like(lse), sums, left, right, scale, None, self_offset, [], True, rows_of, 20)
+        saved = (torch.ones_like(lse), sums, left, right, scale, None, left_out, True, rows_of, 20)
         opcheck(operators.row_lse_grad.default, (*saved, wanted, "triton"))
 
 
 def test_operators_take_any_strides():
     anchors, contrasts = torch.randn(20, 7, device=DEVICE).T, torch.randn(10, 40, device=DEVICE)[::2, ::2]
-    options = (torch.tensor(2.0), None, None, [], False, "highest", "triton")
+    options = (torch.tensor(2.0), None, [], False, "highest", "triton")
     opcheck(torch.ops.genscl_loss.row_lse.default, (anchors.requires_grad_(), contrasts.requires_grad_(), *options))
 
 

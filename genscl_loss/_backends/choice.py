@@ -122,7 +122,8 @@ def available_backends() -> tuple[str, ...]:
         ('dense', 'tiled'...)
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return BACKENDS[1:] if fused.unavailable(device) is None else BACKENDS[1:-1]
+    missing = {"auto"} if fused.unavailable(device) is None else {"auto", "triton"}
+    return tuple(name for name in BACKENDS if name not in missing)
 
 
 def auto_backend(
@@ -200,6 +201,21 @@ def choose(
     if backend == "triton" and (reason := _why_not_triton(anchors.dtype, num_features, anchors.device)) is not None:
         raise ValueError(f'backend "triton" cannot be used here: {reason}; "auto" takes another one')
     return backend
+
+
+@constant
+def float32_precision(device_type: str) -> str:
+    """How exact products of float32 numbers have to be: "highest", "high" or "medium", as torch was told.
+
+    It can be told by `torch.set_float32_matmul_precision`, or, since torch 2.9, for each library that multiplies; the
+    second way sees what the first one sets, and asking the first way raises once the second was used. A compiled graph
+    is traced anew when either changes.
+    """
+    library = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
+    told = getattr(getattr(library, "matmul", None), "fp32_precision", None)
+    if not isinstance(told, str):
+        return torch.get_float32_matmul_precision()
+    return {"tf32": "high", "bf16": "medium"}.get(told, "highest")
 
 
 def _linear(dtype: torch.dtype, num_features: int, device: torch.device) -> str:

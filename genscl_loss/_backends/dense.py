@@ -1,7 +1,6 @@
-"""The readable reference: the equation as it stands, on one A x M matrix of logits and one of label similarities.
+"""The readable reference of the pairwise half: one A x M matrix of logits.
 
-Plain torch operations, so differentiable as often as wanted; fastest while the matrices are small, because both
-halves of the loss then share every pass over them.
+Plain torch operations, so differentiable as often as rows are; fastest while the matrix is small.
 """
 
 from collections.abc import Sequence
@@ -12,58 +11,19 @@ from torch import Tensor
 from genscl_loss._library import matmul
 
 
-def log_softmax(
+def row_lse(
     anchors: Tensor,
     contrasts: Tensor,
     scale: Tensor | float,
-    self_offset: int | None,
-    weight: Tensor | None = None,
-    factor: Tensor | None = None,
+    weight: Tensor | None,
+    left_out: Sequence[int],
+    unit: bool,
 ) -> Tensor:
-    """Logarithm of exp(s_ij) / sum_{k != self} c_k exp(s_ik) with s_ij = scale * anchors_i . contrasts_j.
-
-    Args:
-        anchors: (A, D).
-        contrasts: (M, D).
-        scale: 0-dim, one over the temperature.
-        self_offset: anchor i is contrast i + self_offset; None if no anchor is a contrast.
-        weight: c, (M,); None: one for all.
-        factor: What makes contrasts unit rows, (M, 1), where they are not yet; None: they are what they are to be.
-
-    Returns:
-        (A, M); meaningless, but finite, in the self terms and where the weight is zero.
-    """
-    left_out = [] if self_offset is None else [self_offset]
-    s = logits(anchors, contrasts, scale, left_out, factor)
-    if weight is None:
-        return s.log_softmax(1)
-    lse = _row_lse(_weighted(s, weight))
-    # Zero if no contrast is there, so that all that is multiplied by a mass of zero is a number.
-    return s - torch.where(lse > 0.5 * torch.finfo(lse.dtype).min, lse, lse.detach() * 0)[:, None]
-
-
-def row_lse(
-    anchors: Tensor, contrasts: Tensor, scale: Tensor | float, left_out: Sequence[int], weight: Tensor | None = None
-) -> Tensor:
-    """Logarithm of sum_k c_k exp(s_ik), (A,), as in `log_softmax`, without k = i + d for each d of `left_out`."""
+    """Logarithm of sum_k c_k exp(s_ik), (A,), without k = i + d for each d of `left_out`."""
     s = logits(anchors, contrasts, scale, left_out)
-    return _row_lse(s if weight is None else _weighted(s, weight))
-
-
-def _weighted(s: Tensor, weight: Tensor) -> Tensor:
-    """Logits plus log c; the lowest number, as in `logits`, instead of -inf."""
-    return (s + weight.log()).clamp(min=torch.finfo(s.dtype).min)
-
-
-def _row_lse(s: Tensor) -> Tensor:
-    largest = s.detach().amax(1, keepdim=True)
-    # As `torch.logsumexp`, whose derivative takes the exponentials again.
-    return (s - largest).exp().sum(1).log() + largest[:, 0]
-
-
-def log_likelihood(log_p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of w_ij log p_ij and of w_ij over j, for weights (A, M) with zeros in the self terms."""
-    return (weights * log_p).sum(1), weights.sum(1)
+    lse = lse_of(s if weight is None else weighted(s, weight))
+    # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
+    return lse if unit else lse + torch.linalg.vector_norm(contrasts.detach(), torch.inf) * 0
 
 
 def logits(
@@ -73,7 +33,10 @@ def logits(
     left_out: Sequence[int],
     factor: Tensor | None = None,
 ) -> Tensor:
-    """The logits s_ij, (A, M); the lowest number where j = i + d for one d of `left_out`."""
+    """The logits s_ij = scale * anchors_i . contrasts_j, (A, M); the lowest number where j = i + d, d of `left_out`.
+
+    `factor` is what makes contrasts unit rows, (M, 1), where they are not yet; None: they are what they are to be.
+    """
     if factor is None:
         s = matmul(anchors * scale, contrasts.T)
     else:
@@ -87,3 +50,15 @@ def logits(
         entries = entries[max(0, -offset) :, max(0, offset) :] if offset != 0 else entries
         entries.diagonal().fill_(torch.finfo(s.dtype).min)
     return s
+
+
+def weighted(s: Tensor, weight: Tensor) -> Tensor:
+    """Logits plus log c; the lowest number, as in `logits`, instead of -inf."""
+    return (s + weight.log()).clamp(min=torch.finfo(s.dtype).min)
+
+
+def lse_of(s: Tensor) -> Tensor:
+    """Logarithm of the sum of exponentials of each row of logits, (A,)."""
+    largest = s.detach().amax(1, keepdim=True)
+    # As `torch.logsumexp`, whose derivative takes the exponentials again.
+    return (s - largest).exp().sum(1).log() + largest[:, 0]

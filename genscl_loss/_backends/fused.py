@@ -17,9 +17,10 @@ import importlib.util
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ _MOST_PARTS = 2**23  # numbers that the splits of a gradient may hold until they
 _WORKSPACE = 2**26  # bytes beside the result, 64 MB, where the gradient of wide rows is made in chunks
 _CHUNK_ROWS = 4096  # that the library's matrix product takes at a time: enough to keep a large GPU busy
 _FEW_PAIRS = 2**22  # that are not worth three launches instead of one
+ENTRIES_UP_TO_ONE = True  # which is what fp16 is as good as tf32 for
+
 _BLOCK = 128  # rows of a program in the kernels that take rows one by one
 
 
@@ -53,16 +56,17 @@ def row_lse(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
-    self_offset: int | None,
+    weight: Tensor | None,
+    left_out: Sequence[int],
     unit: bool,
     precision: str,
-    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Log-sum-exp of each row of logits without the self term; see `genscl_loss._backends.row_lse`.
 
     Returns:
         The log-sum-exp, and as `row_lse_grad` takes them what it was made of, (2, A), anchors and contrasts.
     """
+    self_offset = _self_offset(left_out)
     with on_device(anchors.device):
         rows = _split_rows(anchors, precision)
         cols = None if contrasts is None else _split_rows(contrasts, precision)
@@ -70,7 +74,7 @@ def row_lse(
         others = rows if cols is None else cols
         logs = None if weight is None else _log_weights(weight, others)
         n = anchors.shape[0]
-        lse, parts = _launch_lse(rows, others, n, num_cols, logs, scale, self_offset, unit)
+        lse, parts = _launch_lse(rows, others, n, num_cols, scale, logs, self_offset, unit)
         if lse is not None:
             return lse, parts[0], rows, cols
         lse, sums = parts.new_empty(n), parts.new_empty(2, n)
@@ -84,53 +88,59 @@ def row_lse_grad(
     rows: Tensor,
     cols: Tensor | None,
     scale: Tensor,
-    self_offset: int | None,
+    weight: Tensor | None,
+    left_out: Sequence[int],
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    num_grads: int,
-    weight: Tensor | None = None,
+    num_live: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `row_lse` with respect to anchors and, if not 0, so many contrasts, from what `row_lse` returned."""
     if len(grad) == 0:  # the share of a process that has no samples
-        return grad.new_zeros(0, num_features), grad.new_zeros(num_grads, num_features) if num_grads else None
+        return grad.new_zeros(0, num_features), grad.new_zeros(num_live, num_features) if num_live else None
+    self_offset = _self_offset(left_out)
     with on_device(grad.device):
         largest = torch.linalg.vector_norm(grad, torch.inf)
         parts = grad_parts(
-            grad, largest, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, num_grads, weight
+            grad, largest, sums, rows, cols, scale, weight, self_offset, unit, num_contrasts, num_features, num_live
         )
         d_anchors, d_contrasts = (None if x is None else _added_up(x) for x in parts)
     assert d_anchors is not None
     return d_anchors, d_contrasts
 
 
+def numbers_to_share(grad: Tensor, sums: Tensor) -> Tensor:
+    """Of each anchor its upstream gradient and what its log-sum-exp was made of, (A, 3)."""
+    return torch.stack([grad, *sums], 1)
+
+
 def mirrored_grad(
-    grads: Tensor,
-    sums: Tensor,
+    numbers: Tensor,
     rows: Tensor,
     cols: Tensor,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int,
     unit: bool,
     num_anchors: int,
     num_features: int,
-    weight: Tensor | None = None,
 ) -> Tensor:
     """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
-    n, m = num_anchors, len(grads)
-    own = slice(self_offset, self_offset + n)
-    with on_device(grads.device):
+    grads, sums = numbers[:, 0].contiguous(), numbers[:, 1:].T.contiguous()
+    own = slice(self_offset, self_offset + num_anchors)
+    with on_device(numbers.device):
         largest = torch.linalg.vector_norm(grads, torch.inf)
         col_weights = _launch_weights(grads, sums, cols.shape[1], largest)
         row_weights = _launch_weights(grads[own], sums[:, own].contiguous(), rows.shape[1], largest)
-        shared = (largest, scale, unit, num_features)
         logs = own_logs = None
         if weight is not None:
             logs, own_logs = _log_weights(weight, cols), _log_weights(weight[own], rows)
-        return _added_up(_launch_grad(rows, cols, n, m, row_weights, col_weights, own_logs, logs, self_offset, *shared))
+        left = _Side(rows, num_anchors, row_weights, own_logs)
+        right = _Side(cols, len(grads), col_weights, logs)
+        return _added_up(_launch_grad(left, right, self_offset, largest, scale, unit, num_features))
 
 
-def split_shape(num_rows: int, num_features: int, precision: str) -> tuple[int, int, int]:
+def kept_shape(num_rows: int, num_features: int, precision: str) -> tuple[int, int, int]:
     """Shape of rows as the kernels take them: fp16 terms of each number, padded rows, padded features."""
     return 2 if precision == "highest" else 1, -(-num_rows // PAD) * PAD, width(num_features)
 
@@ -144,11 +154,11 @@ def split_unit_rows(x: Tensor, precision: str, factor: Tensor) -> Tensor:
 
 
 def lse_parts(
-    rows: Tensor, cols: Tensor, n: int, m: int, weight: Tensor | None, scale: Tensor, self_offset: int | None
+    rows: Tensor, cols: Tensor, n: int, m: int, scale: Tensor, weight: Tensor | None, self_offset: int | None
 ) -> Tensor:
     """What `row_lse` of n unit rows and m contrasts is made of, (splits, 2, A)."""
     logs = None if weight is None else _log_weights(weight, cols)
-    return _launch_lse(rows, cols, n, m, logs, scale, self_offset, True, partial=True)[1]
+    return _launch_lse(rows, cols, n, m, scale, logs, self_offset, True, partial=True)[1]
 
 
 def grad_parts(
@@ -158,25 +168,26 @@ def grad_parts(
     rows: Tensor,
     cols: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     self_offset: int | None,
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    num_grads: int,
-    weight: Tensor | None = None,
+    num_live: int,
 ) -> tuple[Tensor, Tensor | None]:
     """As `row_lse_grad`, (splits, A, D) and (splits, contrasts, D); `largest` is the largest of |grad|."""
-    n, m = grad.shape[0], num_contrasts
     shared = (largest, scale, unit, num_features)
     weights = _launch_weights(grad.contiguous(), sums, rows.shape[1], largest)
     logs = None if weight is None else _log_weights(weight, rows if cols is None else cols)
     if cols is None:
-        return _launch_grad(rows, rows, n, n, weights, weights, logs, logs, self_offset, *shared), None
-    d_anchors = _launch_grad(rows, cols, n, m, weights, None, None, logs, self_offset, *shared)
-    if not num_grads:
+        both = _Side(rows, grad.shape[0], weights, logs)
+        return _launch_grad(both, both, self_offset, *shared), None
+    anchors, contrasts = _Side(rows, grad.shape[0], weights, None), _Side(cols, num_contrasts, None, logs)
+    d_anchors = _launch_grad(anchors, contrasts, self_offset, *shared)
+    if not num_live:
         return d_anchors, None
     reverse = None if self_offset is None else -self_offset
-    return d_anchors, _launch_grad(cols, rows, num_grads, n, None, weights, logs, None, reverse, *shared)
+    return d_anchors, _launch_grad(contrasts._replace(num_rows=num_live), anchors, reverse, *shared)
 
 
 # ---- Launches, one function for each ----
@@ -184,7 +195,7 @@ def grad_parts(
 
 def _split_rows(x: Tensor, precision: str, factor: Tensor | None = None) -> Tensor:
     n, d = x.shape
-    terms, padded, features = split_shape(n, d, precision)
+    terms, padded, features = kept_shape(n, d, precision)
     out = x.new_empty(terms, padded, features, dtype=torch.float16)
     block = min(features, 64)
     _kernels().split_rows[padded // 64, features // block](
@@ -206,8 +217,8 @@ def _launch_lse(
     cols: Tensor,
     n: int,
     m: int,
-    logs: Tensor | None,
     scale: Tensor,
+    logs: Tensor | None,
     self_offset: int | None,
     unit: bool,
     *,
@@ -238,59 +249,63 @@ def _launch_weights(grad: Tensor, sums: Tensor, padded: int, largest: Tensor) ->
     return out
 
 
+class _Side(NamedTuple):
+    """The rows of a gradient, or those that it is summed over."""
+
+    rows: Tensor  # as `kept_shape` says
+    num_rows: int
+    weights: Tensor | None  # what they bring as anchors; None: they are none
+    logs: Tensor | None  # of what multiplies their exponentials as contrasts; None: nothing
+
+
+def _pointers(left: _Side, right: _Side, anything: Tensor) -> list[Tensor]:
+    """Weights and logarithms of both sides; any tensor stands for what is not read."""
+    given = left.weights, right.weights, left.logs, right.logs
+    return [anything if x is None else x for x in given]
+
+
+def _roles(left: _Side, right: _Side) -> dict[str, bool]:
+    """Whether rows are anchors, contrasts are, and contrasts have weights."""
+    return {
+        "ROW_TERM": left.weights is not None,
+        "COL_TERM": right.weights is not None,
+        "WEIGHTED": left.logs is not None or right.logs is not None,
+    }
+
+
 def _launch_grad(
-    rows: Tensor,
-    cols: Tensor,
-    n: int,
-    m: int,
-    row_weights: Tensor | None,
-    col_weights: Tensor | None,
-    row_logs: Tensor | None,
-    col_logs: Tensor | None,
+    left: _Side,
+    right: _Side,
     self_offset: int | None,
     largest: Tensor,
     scale: Tensor,
     unit: bool,
     num_features: int,
 ) -> Tensor:
+    rows, cols, n, m = left.rows, right.rows, left.num_rows, right.num_rows
     terms, padded_rows, features = rows.shape
     if features >= WIDE and n * m > _FEW_PAIRS and _library_multiplies(rows.device):
-        return _launch_grad_in_chunks(
-            rows, cols, n, m, row_weights, col_weights, row_logs, col_logs, self_offset, largest, scale, unit,
-            num_features,
-        )  # fmt: skip
+        return _launch_grad_in_chunks(left, right, self_offset, largest, scale, unit, num_features)
     plan, block_out = backward_plan(_chip(rows.device), features, terms)
     chunks = -(-num_features // block_out)
     blocks = -(-n // plan.block_m)
     most = min(_MOST_SPLITS, max(1, _MOST_PARTS // max(1, n * num_features)))
     splits, cols_per_split = _share(blocks * chunks, m, plan, most, rows.device)
     out = largest.new_empty(splits, n, num_features)
-    some_weights = row_weights if col_weights is None else col_weights
-    some_logs = row_logs if col_logs is None else col_logs
-    is_weighted = some_logs is not None
-    some_logs = out if some_logs is None else some_logs  # any tensor stands for what is not read
-    for variant in _variants(scale, unit and not is_weighted):
+    pointers, roles = _pointers(left, right, out), _roles(left, right)
+    for variant in _variants(scale, unit and not roles["WEIGHTED"]):
         _kernels().row_lse_grad[blocks, splits, chunks](
-            rows, cols, some_weights if row_weights is None else row_weights, some_weights,
-            some_logs if row_logs is None else row_logs, some_logs, out,
-            argument(scale), largest, n, m, num_features, self_offset or 0, cols_per_split,
+            rows, cols, *pointers, out, argument(scale), largest, n, m, num_features, self_offset or 0, cols_per_split,
             rows.stride(0), cols.stride(0), padded_rows, cols.shape[1],
             plan.block_m, plan.block_n, plan.block_edge, plan.block_k, block_out, features, terms,
-            HAS_SELF=self_offset is not None, ROW_TERM=row_weights is not None, COL_TERM=col_weights is not None,
-            WEIGHTED=is_weighted, **variant, **_options(plan),
+            HAS_SELF=self_offset is not None, **roles, **variant, **_options(plan),
         )  # fmt: skip
     return out
 
 
 def _launch_grad_in_chunks(
-    rows: Tensor,
-    cols: Tensor,
-    n: int,
-    m: int,
-    row_weights: Tensor | None,
-    col_weights: Tensor | None,
-    row_logs: Tensor | None,
-    col_logs: Tensor | None,
+    left: _Side,
+    right: _Side,
     self_offset: int | None,
     largest: Tensor,
     scale: Tensor,
@@ -301,6 +316,7 @@ def _launch_grad_in_chunks(
 
     A program cannot hold wide rows of the gradient, and would have to make the weights again for each part of them.
     """
+    rows, cols, n, m = left.rows, right.rows, left.num_rows, right.num_rows
     terms, padded_rows, features = rows.shape
     padded_cols = cols.shape[1]
     plan = weights_plan(_chip(rows.device), features, terms)
@@ -308,21 +324,16 @@ def _launch_grad_in_chunks(
     weights = rows.new_empty(terms, height, width)
     part = largest.new_empty(height, num_features)
     out = largest.new_empty(1, n, num_features)
-    some_weights = row_weights if col_weights is None else col_weights
-    some_logs = row_logs if col_logs is None else col_logs
-    is_weighted = some_logs is not None
-    some_logs = out if some_logs is None else some_logs  # any tensor stands for what is not read
+    pointers, roles = _pointers(left, right, out), _roles(left, right)
     for first, col in itertools.product(range(0, n, height), range(0, padded_cols, width)):
         num_rows, num_cols = min(height, n - first), min(width, padded_cols - col)
-        for variant in _variants(scale, unit and not is_weighted):
+        for variant in _variants(scale, unit and not roles["WEIGHTED"]):
             _kernels().softmax_weights[-(-num_rows // plan.block_m), -(-num_cols // plan.block_n)](
-                rows, cols, some_weights if row_weights is None else row_weights, some_weights,
-                some_logs if row_logs is None else row_logs, some_logs, weights, argument(scale),
+                rows, cols, *pointers, weights, argument(scale),
                 first, first + num_rows, col, m, self_offset or 0, rows.stride(0), cols.stride(0),
                 padded_rows, padded_cols, weights.stride(0), width,
                 plan.block_m, plan.block_n, plan.block_k, features, terms,
-                HAS_SELF=self_offset is not None, ROW_TERM=row_weights is not None, COL_TERM=col_weights is not None,
-                WEIGHTED=is_weighted, **variant, **_options(plan),
+                HAS_SELF=self_offset is not None, **roles, **variant, **_options(plan),
             )  # fmt: skip
         total, some = out[0, first : first + num_rows], part[:num_rows]
         for k, (i, j) in enumerate([(0, 0)] if terms == 1 else [(1, 0), (0, 1), (0, 0)]):  # small terms first
@@ -357,6 +368,12 @@ def _added_up(parts: Tensor) -> Tensor:
 
 
 # ---- What a launch depends on ----
+
+
+def _self_offset(left_out: Sequence[int]) -> int | None:
+    """The one diagonal that kernels can leave out."""
+    assert len(left_out) <= 1
+    return left_out[0] if left_out else None
 
 
 def _library_multiplies(device: torch.device) -> bool:

@@ -1,13 +1,78 @@
 """The row log-sum-exp as an operator of torch, whichever backend computes it, and its derivative."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from genscl_loss._backends import dense, fused, tiled
 from genscl_loss._library import define_operator, only_once, without_autocast
+
+
+class Implementation(Protocol):
+    """A backend of linear memory: pure functions in a file of its own, which a line of `_IMPLEMENTATIONS` names.
+
+    `weight` and `unit` are as in `row_lse` below; `left_out` are the diagonals (i, i + d) of the logits that do not
+    count. An implementation need not use all that it is given.
+    """
+
+    ENTRIES_UP_TO_ONE: bool  # rows with larger ones come multiplied by a power of two
+
+    def row_lse(
+        self,
+        anchors: Tensor,
+        contrasts: Tensor | None,
+        scale: Tensor,
+        weight: Tensor | None,
+        left_out: Sequence[int],
+        unit: bool,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The log-sum-exp, (A,); what it was made of, (2, A); anchors and contrasts as the gradient wants them.
+
+        None where it wants those that were given.
+        """
+
+    def row_lse_grad(
+        self,
+        grad: Tensor,
+        sums: Tensor,
+        rows: Tensor,
+        cols: Tensor | None,
+        scale: Tensor,
+        weight: Tensor | None,
+        left_out: Sequence[int],
+        unit: bool,
+        num_contrasts: int,
+        num_features: int,
+        num_live: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of anchors and, if it is not 0, of so many contrasts, the first ones."""
+
+    def kept_shape(self, num_rows: int, num_features: int, precision: str) -> tuple[int, ...] | None:
+        """Shape of anchors or contrasts as `row_lse` returns them, in float16; None where it returns None."""
+
+    def numbers_to_share(self, grad: Tensor, sums: Tensor) -> Tensor:
+        """What owners of contrasts must know of each anchor for `mirrored_grad`, (A, k)."""
+
+    def mirrored_grad(
+        self,
+        numbers: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        self_offset: int,
+        unit: bool,
+        num_anchors: int,
+        num_features: int,
+    ) -> Tensor:
+        """The gradient of anchors that are some of the contrasts, each of which has a log-sum-exp and k numbers."""
+
+
+_Rows = TypeVar("_Rows", Tensor, Tensor | None)
+_IMPLEMENTATIONS: dict[str, Implementation] = {"tiled": tiled, "triton": fused}
 
 
 def row_lse(
@@ -19,7 +84,6 @@ def row_lse(
     unit: bool,
     precision: str,
     backend: str,
-    partner: int | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Log-sum-exp over the contrasts of each anchor, without the anchor itself.
@@ -33,33 +97,31 @@ def row_lse(
         precision: "highest" for all digits of float32; "high" and "medium" allow products of 10 bits. As in
             `torch.set_float32_matmul_precision`. On CPUs always "highest".
         backend: One of `BACKENDS` but "auto".
-        partner: Leaves contrast (i + partner) modulo M out as well; not for "triton".
         weight: (M,), what multiplies exponentials; zero leaves a contrast out. The upstream gradient of an anchor that
             is such a contrast has to be zero.
 
     Returns:
         (A,); -inf, or the lowest number, for an anchor that has no contrast; with weights zero, or the lowest number.
     """
-    others = anchors if contrasts is None else contrasts
-    partners = _partners_of(anchors, contrasts, partner)
+    left_out = diagonals(self_offset)
     if backend == "dense":
-        lse: Tensor = dense.row_lse(anchors, others, scale, _left_out(self_offset, partners), weight)
-        # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
-        return lse if unit else lse + torch.linalg.vector_norm(others.detach(), torch.inf) * 0
-    if backend == "triton" and not unit:
+        return dense.row_lse(anchors, anchors if contrasts is None else contrasts, scale, weight, left_out, unit)
+    if _has_large_entries(unit, backend):
         anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
-    lse = _row_lse(anchors, contrasts, scale, weight, self_offset, partners, unit, precision, backend)[0]
+    lse: Tensor = _row_lse(anchors, contrasts, scale, weight, left_out, unit, precision, backend)[0]
     return lse
 
 
-def _diagonals(first: int, num_rows: int, num_cols: int) -> list[int]:
-    """Where (i, (i + first) modulo columns) are."""
-    return [first - k * num_cols for k in range(-(-(first + num_rows) // num_cols))]
+def diagonals(self_offset: int | None, partner: int | None = None, num_rows: int = 0, num_cols: int = 0) -> list[int]:
+    """Diagonals of the logits that do not count: (i, i + self_offset), and (i, (i + partner) modulo columns)."""
+    itself = [] if self_offset is None else [self_offset]
+    if partner is None:
+        return itself
+    return itself + [partner - k * num_cols for k in range(-(-(partner + num_rows) // num_cols))]
 
 
-def _left_out(self_offset: int | None, partners: list[int]) -> list[int]:
-    """Diagonals of the logits that do not count."""
-    return partners if self_offset is None else [self_offset, *partners]
+def _has_large_entries(unit: bool, backend: str) -> bool:
+    return not unit and _IMPLEMENTATIONS[backend].ENTRIES_UP_TO_ONE
 
 
 def _entries_up_to_one(
@@ -83,21 +145,16 @@ def _lse_kernel(
     contrasts: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
-    self_offset: int | None,
-    partners: list[int],
+    left_out: Sequence[int],
     unit: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result; then, as the backward pass wants them, what it was made of, anchors and contrasts.
-
-    Empty where the anchors or the contrasts themselves are wanted.
-    """
-    if backend == "tiled":
-        lse, sums = tiled.row_lse(anchors, contrasts, scale, _left_out(self_offset, partners), weight)
-        return _finite(lse, weight), sums, _no_rows(anchors), _no_rows(anchors)
-    lse, sums, rows, cols = fused.row_lse(anchors, contrasts, scale, self_offset, unit, precision, weight)
-    return _finite(lse, weight), sums, rows, _no_rows(anchors) if cols is None else cols
+    """What the implementation returns; empty for None, which an operator cannot return."""
+    compute = _IMPLEMENTATIONS[backend].row_lse
+    lse, sums, rows, cols = compute(anchors, contrasts, scale, weight, left_out, unit, precision)
+    rows, cols = (_no_rows(anchors) if kept is None else kept for kept in (rows, cols))
+    return _finite(lse, weight), sums, rows, cols
 
 
 def _finite(lse: Tensor, weight: Tensor | None) -> Tensor:
@@ -114,47 +171,58 @@ def _lse_fake(
     contrasts: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
-    self_offset: int | None,
-    partners: list[int],
+    left_out: Sequence[int],
     unit: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def split(rows: Tensor | None) -> Tensor:
-        if backend == "tiled" or rows is None:
-            return _no_rows(anchors)
-        return rows.new_empty(fused.split_shape(rows.shape[0], rows.shape[1], precision), dtype=torch.float16)
+    def kept(rows: Tensor | None) -> Tensor:
+        shape = None if rows is None else _IMPLEMENTATIONS[backend].kept_shape(rows.shape[0], rows.shape[1], precision)
+        return _no_rows(anchors) if shape is None else anchors.new_empty(shape, dtype=torch.float16)
 
     n = anchors.shape[0]
-    return anchors.new_empty(n), anchors.new_empty(2, n), split(anchors), split(contrasts)
+    return anchors.new_empty(n), anchors.new_empty(2, n), kept(anchors), kept(contrasts)
+
+
+def _kept_or_given(kept: Tensor, given: _Rows) -> _Rows:
+    """Rows as the gradient wants them, whose memory is all that the backward pass then needs; else as they are."""
+    return given if given is None or kept.dim() == 1 else kept
 
 
 def _lse_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchors, contrasts, scale, weight, ctx.self_offset, ctx.partners, ctx.unit, _, ctx.backend = inputs
-    _, sums, rows, cols = output
-    ctx.mark_non_differentiable(rows, cols)  # not the sums: through them a second derivative finds its refusal
+    anchors, contrasts, scale, weight, ctx.left_out, ctx.unit, _, ctx.backend = inputs
+    lse, *made_of = output
+    ctx.mark_non_differentiable(*made_of)
     ctx.set_materialize_grads(False)
-    # Split rows take the place of the rows themselves, whose memory is then free before the backward pass.
-    kept = (anchors, contrasts) if ctx.backend == "tiled" else (rows, None if contrasts is None else cols)
-    ctx.save_for_backward(sums, *kept, scale, weight, anchors if scale.requires_grad else None)
+    sums, rows, cols = made_of
+    kept = _kept_or_given(rows, anchors), _kept_or_given(cols, contrasts)
+    ctx.save_for_backward(lse, sums, *kept, scale, weight, anchors if scale.requires_grad else None)
     ctx.sizes = (anchors.shape[0] if contrasts is None else contrasts.shape[0], anchors.shape[1])
 
 
 def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    sums, rows, cols, scale, weight, anchors = ctx.saved_tensors
-    _, contrasts_need_grad, scale_needs_grad, *_ = ctx.needs_input_grad
+    lse, sums, rows, cols, scale, weight, anchors = ctx.saved_tensors
+    _, contrasts_need_grad, scale_needs_grad, *rest = ctx.needs_input_grad
     if grad is None:
-        return (None,) * 9
-    d_anchors, d_contrasts = _row_lse_grad(
-        grad, sums, rows, cols, scale, weight, ctx.self_offset, ctx.partners, ctx.unit, *ctx.sizes,
-        ctx.sizes[0] if contrasts_need_grad else 0, ctx.backend,
-    )  # fmt: skip
-    d_scale = None
-    if scale_needs_grad:
-        # lse depends on scale through scale * anchors only. In a self-contrast d_anchors holds both sides: count half.
-        d_scale = (anchors * d_anchors).sum() / (scale if cols is not None else 2 * scale)
-        d_scale = d_scale.to(scale.dtype)
-    return d_anchors, d_contrasts if contrasts_need_grad else None, d_scale, *[None] * 6
+        return (None,) * len(ctx.needs_input_grad)
+    num_live = ctx.sizes[0] if contrasts_need_grad else 0
+    with torch.no_grad():
+        d_anchors, d_contrasts = _row_lse_grad(
+            grad, sums, rows, cols, scale, weight, ctx.left_out, ctx.unit, *ctx.sizes, num_live, ctx.backend
+        )
+        is_self = cols is None
+        d_scale = scale_grad(anchors, d_anchors, scale, is_self=is_self).to(scale.dtype) if scale_needs_grad else None
+    found = d_anchors, d_contrasts if contrasts_need_grad else None, d_scale
+    message = no_second_derivative(ctx.backend)
+    return *(None if x is None else only_once(x, message, lse) for x in found), *[None] * len(rest)
+
+
+def scale_grad(rows: Tensor, d_rows: Tensor, scale: Tensor, *, is_self: bool) -> Tensor:
+    """The derivative with respect to the scale, of what depends on it through scale * rows only, from that of rows.
+
+    In a self-contrast the latter holds both sides of each logit: count half.
+    """
+    return (rows * d_rows).sum() / (2 * scale if is_self else scale)
 
 
 def _grad_kernel(
@@ -164,21 +232,17 @@ def _grad_kernel(
     cols: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
-    self_offset: int | None,
-    partners: list[int],
+    left_out: Sequence[int],
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    num_grads: int,
+    num_live: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "tiled":
-        left_out = _left_out(self_offset, partners)
-        d_anchors, d_contrasts = tiled.row_lse_grad(grad, sums, rows, cols, scale, left_out, num_grads, weight)
-    else:
-        d_anchors, d_contrasts = fused.row_lse_grad(
-            grad, sums, rows, cols, scale, self_offset, unit, num_contrasts, num_features, num_grads, weight
-        )
+    compute = _IMPLEMENTATIONS[backend].row_lse_grad
+    d_anchors, d_contrasts = compute(
+        grad, sums, rows, cols, scale, weight, left_out, unit, num_contrasts, num_features, num_live
+    )
     return d_anchors, grad.new_empty(0) if d_contrasts is None else d_contrasts
 
 
@@ -189,24 +253,15 @@ def _grad_fake(
     cols: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
-    self_offset: int | None,
-    partners: list[int],
+    left_out: Sequence[int],
     unit: bool,
     num_contrasts: int,
     num_features: int,
-    num_grads: int,
+    num_live: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (num_grads, num_features) if cols is not None and num_grads else (0,)
+    shape = (num_live, num_features) if cols is not None and num_live else (0,)
     return grad.new_empty(grad.shape[0], num_features), grad.new_empty(shape)
-
-
-def _grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.backend = inputs[-1]
-
-
-def _grad_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(no_second_derivative(ctx.backend))
 
 
 def no_second_derivative(backend: str) -> str:
@@ -215,7 +270,7 @@ def no_second_derivative(backend: str) -> str:
 
 _row_lse = define_operator(
     "row_lse",
-    "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor? weight, SymInt? self_offset, SymInt[] partners,"
+    "(Tensor anchors, Tensor? contrasts, Tensor scale, Tensor? weight, SymInt[] left_out,"
     " bool unit, str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_lse_kernel,
     fake=_lse_fake,
@@ -224,17 +279,15 @@ _row_lse = define_operator(
 )
 _row_lse_grad = define_operator(
     "row_lse_grad",
-    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, Tensor? weight, SymInt? self_offset,"
-    " SymInt[] partners, bool unit, SymInt num_contrasts, SymInt num_features, SymInt num_grads, str backend)"
+    "(Tensor grad, Tensor sums, Tensor rows, Tensor? cols, Tensor scale, Tensor? weight, SymInt[] left_out,"
+    " bool unit, SymInt num_contrasts, SymInt num_features, SymInt num_live, str backend)"
     " -> (Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,
-    setup_context=_grad_setup_context,
-    backward=_grad_backward,
 )
 
 
-# ---- Rows that have several owners ----
+# ---- Contrasts that are anchors of other processes ----
 
 
 def mirrored_row_lse(
@@ -287,12 +340,12 @@ class _MirroredLse(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ctx.factor, given = None, (rows, every, scale)
-        if backend == "triton" and not unit:  # as `_entries_up_to_one`, with one factor for the two roles of a row
+        if _has_large_entries(unit, backend):  # as `_entries_up_to_one`, with one factor for the two roles of a row
             ctx.factor = _power_of_two(every)
             given = (rows * ctx.factor, every * ctx.factor, scale.to(rows.device) / ctx.factor / ctx.factor)
         with without_autocast(rows.device):
-            lse, sums, left, right = _lse_kernel(*given, weight, self_offset, [], unit, precision, backend)
-        kept = given[:2] if backend == "tiled" else (left, right)
+            lse, sums, left, right = _lse_kernel(*given, weight, [self_offset], unit, precision, backend)
+        kept = _kept_or_given(left, given[0]), _kept_or_given(right, given[1])
         ctx.save_for_backward(lse, sums, *kept, given[2], weight, scale, rows if ctx.needs_input_grad[2] else None)
         ctx.options = (self_offset, share, unit, backend, rows.shape)
         return lse
@@ -305,7 +358,7 @@ class _MirroredLse(torch.autograd.Function):
         message = no_second_derivative(ctx.options[3])
         d_rows = only_once(d_rows, message, lse)
         d_scale = None if d_scale is None else only_once(d_scale, message, lse)
-        return d_rows, None, d_scale, *[None] * 6
+        return d_rows, None, d_scale, *[None] * (len(ctx.needs_input_grad) - 3)
 
     @staticmethod
     def _gradients(
@@ -321,80 +374,67 @@ class _MirroredLse(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Of the rows and the scale."""
         self_offset, share, unit, backend, (num_rows, num_features) = ctx.options
+        implementation = _IMPLEMENTATIONS[backend]
         with without_autocast(grad.device):
-            given = (left, right, inner_scale, self_offset)
-            if backend == "tiled":
-                factors, shifts = share(torch.stack([tiled.over_sums(grad, sums), sums[0]], 1)).unbind(1)
-                d_rows = tiled.mirrored_grad(factors, shifts, *given, weight)
-            else:
-                grads, *all_sums = share(torch.stack([grad, *sums], 1)).unbind(1)
-                all_sums = torch.stack(all_sums)
-                d_rows = fused.mirrored_grad(grads.contiguous(), all_sums, *given, unit, num_rows, num_features, weight)
+            numbers = share(implementation.numbers_to_share(grad, sums))
+            d_rows = implementation.mirrored_grad(
+                numbers, left, right, inner_scale, weight, self_offset, unit, num_rows, num_features
+            )
         if ctx.factor is not None:
             d_rows = d_rows * ctx.factor
         # Each pair counts in the gradient of both its rows, and once in that of the scale; summed over all owners.
-        return d_rows, None if rows is None else ((rows * d_rows).sum() / (2 * scale)).to(scale.dtype)
+        return d_rows, None if rows is None else scale_grad(rows, d_rows, scale, is_self=True).to(scale.dtype)
 
 
 # ---- As a part of another operator ----
 
 
-def pairs(
+def pure_row_lse(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
-    self_offset: int | None,
-    partner: int | None,
+    left_out: Sequence[int],
     unit: bool,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`row_lse` as a pure function: the result, and what `pairs_grad` wants of it. Not for "dense"."""
-    if backend == "triton" and not unit:
+    """`row_lse` as a pure function: the result, and what `pure_row_lse_grad` wants of it. Not for "dense"."""
+    if _has_large_entries(unit, backend):
         anchors, contrasts, scale = _entries_up_to_one(anchors, contrasts, scale)
-    partners = _partners_of(anchors, contrasts, partner)
-    return _lse_kernel(anchors, contrasts, scale, weight, self_offset, partners, unit, precision, backend)
+    return _lse_kernel(anchors, contrasts, scale, weight, left_out, unit, precision, backend)
 
 
-def fake_pairs(anchors: Tensor, contrasts: Tensor | None, precision: str, backend: str) -> tuple[Tensor, ...]:
-    """Empty tensors of the shapes that `pairs` returns."""
-    return _lse_fake(anchors, contrasts, anchors, None, None, [], True, precision, backend)
+def fake_row_lse(anchors: Tensor, contrasts: Tensor | None, precision: str, backend: str) -> tuple[Tensor, ...]:
+    """Empty tensors of the shapes that `pure_row_lse` returns."""
+    return _lse_fake(anchors, contrasts, anchors, None, [], True, precision, backend)
 
 
-def pairs_grad(
+def pure_row_lse_grad(
     grad: Tensor,
     kept: Sequence[Tensor],
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
-    self_offset: int | None,
-    partner: int | None,
+    left_out: Sequence[int],
     unit: bool,
     backend: str,
-    num_grads: int,
+    num_live: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of anchors and, if it is not 0, of so many contrasts, from what `pairs` returned behind its result."""
+    """Gradients of anchors and, if it is not 0, of so many contrasts, from what `pure_row_lse` returned beside it."""
     sums, rows, cols = kept
-    m, d = anchors.shape if contrasts is None else contrasts.shape
-    num_grads = 0 if contrasts is None else num_grads
-    partners, factor = _partners_of(anchors, contrasts, partner), None
-    if backend == "tiled":
-        rows, right = anchors, contrasts
-    else:
-        right = None if contrasts is None else cols
-        if not unit:
-            factor, (_, _, scale) = _power_of_two(anchors), _entries_up_to_one(anchors, contrasts, scale)
-    found = _grad_kernel(grad, sums, rows, right, scale, weight, self_offset, partners, unit, m, d, num_grads, backend)
-    d_anchors, d_contrasts = found[0], found[1] if num_grads else None
+    num_contrasts, num_features = anchors.shape if contrasts is None else contrasts.shape
+    num_live = 0 if contrasts is None else num_live
+    factor = None
+    if _has_large_entries(unit, backend):
+        factor, (_, _, scale) = _power_of_two(anchors), _entries_up_to_one(anchors, contrasts, scale)
+    d_anchors, d_contrasts = _IMPLEMENTATIONS[backend].row_lse_grad(
+        grad, sums, _kept_or_given(rows, anchors), _kept_or_given(cols, contrasts), scale, weight, left_out, unit,
+        num_contrasts, num_features, num_live,
+    )  # fmt: skip
     if factor is not None:
         d_anchors.mul_(factor)
         if contrasts is not None and d_contrasts is not None:
             d_contrasts.mul_(_power_of_two(contrasts))
     return d_anchors, d_contrasts
-
-
-def _partners_of(anchors: Tensor, contrasts: Tensor | None, partner: int | None) -> list[int]:
-    others = anchors if contrasts is None else contrasts
-    return [] if partner is None else _diagonals(partner, anchors.shape[0], others.shape[0])

@@ -45,6 +45,8 @@ _WORK = 2**31
 _LOGIT = 64
 _CHAINS = 8  # of tiles, one after the other, that can then be under way at a time
 
+ENTRIES_UP_TO_ONE = False  # it takes rows of any length
+
 _Work = Callable[[int, slice, slice, Tensor, Tensor], None]
 
 
@@ -52,13 +54,15 @@ def row_lse(
     anchors: Tensor,
     contrasts: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     left_out: Sequence[int],
-    weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    unit: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, None, None]:
     """Log-sum-exp of each row of logits without some diagonals; see `genscl_loss._backends.row_lse`.
 
     Returns:
-        The log-sum-exp, and what it was made of, (2, A): the shift of each row and its sum.
+        The log-sum-exp, and what it was made of, (2, A): the shift of each row and its sum. Rows are taken as they are.
     """
     scaled = anchors * (scale * math.log2(math.e))
     others = anchors if contrasts is None else contrasts
@@ -80,31 +84,39 @@ def row_lse(
     sums = _put_together(parts)
     # Plus NaN if a contrast is infinite: at minus infinity it would pass for one that is merely far away.
     sums[1] += torch.linalg.vector_norm(others, torch.inf) * 0
-    return sums[1].log2().add_(sums[0]).mul_(math.log(2)), sums
+    return sums[1].log2().add_(sums[0]).mul_(math.log(2)), sums, None, None
+
+
+def kept_shape(num_rows: int, num_features: int, precision: str) -> None:
+    return None
 
 
 def row_lse_grad(
     grad: Tensor,
     sums: Tensor,
-    anchors: Tensor,
-    contrasts: Tensor | None,
+    rows: Tensor,
+    cols: Tensor | None,
     scale: Tensor,
+    weight: Tensor | None,
     left_out: Sequence[int],
-    num_grads: int,
-    weight: Tensor | None = None,
+    unit: bool,
+    num_contrasts: int,
+    num_features: int,
+    num_live: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `row_lse` with respect to anchors and, if not 0, so many contrasts, the first ones."""
+    anchors, contrasts = rows, cols
     scaled = anchors * (scale * math.log2(math.e))
     others = anchors if contrasts is None else contrasts
     shift = _shift(scaled, others, weight)
-    factors = over_sums(grad, sums)
+    factors = _over_sums(grad, sums)
     if contrasts is None and shift is not None:
         return _symmetric_grad(factors, anchors, scaled, left_out, shift, weight).mul_(scale), None
     in_tiles, weight = (weight, None) if shift is None else (None, weight)
     weighted = others if weight is None else others * weight[:, None]
     tiles = _Tiles.of(scaled, others, left_out, is_self=contrasts is None)
     parts = anchors.new_zeros(tiles.parts, *anchors.shape)
-    d_contrasts = parts[0] if contrasts is None else torch.zeros_like(contrasts[:num_grads]) if num_grads else None
+    d_contrasts = parts[0] if contrasts is None else torch.zeros_like(contrasts[:num_live]) if num_live else None
 
     def add(part: int, rows: slice, cols: slice, tile: Tensor, _: Tensor) -> None:
         powers = tile.sub_(sums[0, rows, None]).exp2_() if shift is None else _exp2(tile, shift)
@@ -118,23 +130,28 @@ def row_lse_grad(
     if contrasts is None or d_contrasts is None:
         return d_anchors, None
     if weight is not None:
-        d_contrasts.mul_(weight[:num_grads, None])
+        d_contrasts.mul_(weight[:num_live, None])
     return d_anchors, d_contrasts.mul_(scale)
 
 
-def mirrored_grad(
-    factors: Tensor,
-    shifts: Tensor,
-    anchors: Tensor,
-    contrasts: Tensor,
-    scale: Tensor,
-    self_offset: int,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp.
+def numbers_to_share(grad: Tensor, sums: Tensor) -> Tensor:
+    """Of each anchor its upstream gradient over its sum, and its shift, (A, 2)."""
+    return torch.stack([_over_sums(grad, sums), sums[0]], 1)
 
-    Of each contrast its upstream gradient `over_sums` and its shift are known.
-    """
+
+def mirrored_grad(
+    numbers: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    self_offset: int,
+    unit: bool,
+    num_anchors: int,
+    num_features: int,
+) -> Tensor:
+    """Gradient with respect to the anchors, where they are some of the contrasts, all of which have a log-sum-exp."""
+    anchors, contrasts, (factors, shifts) = rows, cols, numbers.unbind(1)
     scaled = anchors * (scale * math.log2(math.e))
     own = slice(self_offset, self_offset + anchors.shape[0])
     shift, others = _shift(scaled, contrasts, weight), contrasts
@@ -166,7 +183,7 @@ def mirrored_grad(
     return dz.mul_(scale)
 
 
-def over_sums(grad: Tensor, sums: Tensor) -> Tensor:
+def _over_sums(grad: Tensor, sums: Tensor) -> Tensor:
     """Upstream gradient of each row over its sum; zero for a row that has no contrast."""
     return grad / sums[1].masked_fill(sums[1] == 0, torch.inf)
 
@@ -187,10 +204,10 @@ def _symmetric_grad(
     def add(_: int, rows: slice, cols: slice, tile: Tensor, spare: Tensor) -> None:
         weights = _exp2(tile, shift).mul_(torch.add(factors[rows, None], factors[cols], out=spare))
         add_product(dz[rows], weights, others[cols])
-        if tiles.half and rows != cols:
+        if rows != cols:
             dz[cols].addmm_(weights.T, others[rows])
 
-    tiles.each(add, onto_cols=tiles.half)
+    tiles.each(add, onto_cols=True)
     return dz if weight is None else dz.mul_(weight[:, None])
 
 

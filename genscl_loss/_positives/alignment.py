@@ -3,7 +3,7 @@
 Both are made of sums over positives (`sums.py`). With u and v for the derivatives with respect to alignment and mass,
 
     dz_i  = u_i sum_j w_ij z_j     as an anchor,    + sum_j w_ji u_j z_j     as a contrast,
-    dy_i  = sum_j (u_i z_i . z_j + v_i) y_j         (labels change places with rows).
+    dy_i  = sum_j (u_i z_i . z_j + v_i) y_j         as an anchor, y of unit length: labels change places with rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ from genscl_loss._unit import inverse_lengths, unit_rows_grad
 
 @dataclass(frozen=True)
 class Labelled:
-    """Rows of unit length, and class numbers or label vectors for them."""
+    """Rows, of unit length if similarity is the cosine, and class numbers or label vectors for them."""
 
     anchors: Tensor  # (A, D)
     contrasts: Tensor | None  # (M, D); None: the anchors themselves

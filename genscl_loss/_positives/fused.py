@@ -36,8 +36,8 @@ class Side(NamedTuple):
         return self.labels.dim() == 1
 
     @property
-    def num_columns(self) -> int:
-        """D of the rows, then C of label vectors."""
+    def num_classes(self) -> int:
+        """C of label vectors."""
         return 0 if self.is_hard else self.labels.shape[1]
 
 
@@ -79,8 +79,8 @@ def class_numbers(anchors: Tensor, contrasts: Tensor | None) -> tuple[Tensor, Te
     rows = len(anchors) + (0 if contrasts is None else len(contrasts))
     if rows > _MOST_COMPARED:
         return None
-    anchors = _comparable(anchors)
-    others = None if contrasts is None else _comparable(contrasts)
+    anchors = anchors.contiguous()
+    others = None if contrasts is None else contrasts.contiguous()
     return _first_of_class(anchors, anchors), None if others is None else _first_of_class(anchors, others)
 
 
@@ -108,8 +108,8 @@ def align(anchors: Side, contrasts: Side | None, self_offset: int | None, out: T
     sums = _label_sums(others, None, blocks, plain=True)
     _kernels().align[grid](
         *_rows(anchors), *_rows(others), *_labels(anchors), *_labels(others), sums, out,
-        n, *shared, anchors.num_columns, offset, blocks or n, _BLOCK_M, _block_of(d), 16,
-        has_self, blocks is not None, _wide(others, self_offset), num_warps=4 if blocks is None else 8, maxnreg=248,
+        n, *shared, anchors.num_classes, offset, blocks or n, _BLOCK_M, _block_of(d), 16,
+        has_self, blocks is not None, _wide(others), num_warps=4 if blocks is None else 8, maxnreg=248,
     )  # fmt: skip
 
 
@@ -176,8 +176,8 @@ def _all_sums(
         return table, table[size:] if plain else table, rows, None
     blocks = _block_length(over, self_offset)
     sums = _label_sums(over, u if weighted else None, blocks, plain=plain)
-    size = over.num_columns * (d + 1)
-    return sums, sums[size:] if plain else sums, size * plain + over.num_columns * d * weighted, blocks
+    size = over.num_classes * (d + 1)
+    return sums, sums[size:] if plain else sums, size * plain + over.num_classes * d * weighted, blocks
 
 
 def _class_sums(
@@ -204,8 +204,8 @@ def _class_sums(
 def _label_sums(over: Side, u: Tensor | None, blocks: int | None, *, plain: bool) -> Tensor:
     """C x D sums and C sums of labels, C x D sums with u behind them; as often as there are blocks."""
     n, d = over.rows.shape
-    c = over.num_columns
-    wide = _wide(over, None if blocks is None else 0)
+    c = over.num_classes
+    wide = _wide(over)
     size = c * (d + 1) * plain + c * d * (u is not None)
     block_d = _block_of(d)
     programs = -(-c // 64) * -(-d // block_d)
@@ -263,8 +263,8 @@ def _apply(
     block_m = _BLOCK_M if blocks is None else _BLOCK_M // 2
     _kernels().align_grad[-(-n // block_m),](
         parts, *_rows(rows), *_rows(others), *_labels(rows), *_labels(others), plain, weighted, u, u, out, some_dots,
-        num_parts, n, len(others.rows), d, rows.num_columns, offset, blocks or n, size,
-        block_m, block, 16, *roles, has_self, blocks is not None, _wide(others, self_offset),
+        num_parts, n, len(others.rows), d, rows.num_classes, offset, blocks or n, size,
+        block_m, block, 16, *roles, has_self, blocks is not None, _wide(others),
         num_warps=8 if blocks is None else 4, maxnreg=248, **options,
     )  # fmt: skip
     return out
@@ -287,7 +287,7 @@ def _block_length(over: Side, self_offset: int | None) -> int | None:
     return None if is_exact else block_rows(len(over.rows))
 
 
-def _wide(over: Side, self_offset: int | None) -> Any:
+def _wide(over: Side) -> Any:
     """The numbers to sum in."""
     tl = _kernels().tl
     return tl.float64 if has_fast_float64(over.rows.device) else tl.float32
@@ -308,11 +308,6 @@ def _first_of_class(anchors: Tensor, others: Tensor) -> Tensor:
         anchors, others, out, len(anchors), len(others), others is anchors, 32, 128
     )  # fmt: skip
     return out
-
-
-def _comparable(classes: Tensor) -> Tensor:
-    """Contiguous, and of a dtype that kernels can load."""
-    return (classes.view(torch.uint8) if classes.dtype == torch.bool else classes).contiguous()
 
 
 def _kernels() -> ModuleType:

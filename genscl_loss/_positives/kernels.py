@@ -7,7 +7,7 @@ Sums over label vectors are matrix products in float64 (WIDE), for which data-ce
 term is then subtracted. Where float64 is slow nothing is: rows are in blocks (IN_BLOCKS), a row gets the sums over all
 other blocks, and those over its own block from similarities with a zero in the self place.
 
-Sums over class numbers (HARD) are whole numbers, 2^40 for one: any order of additions gives the same, so that atomic
+Sums over class numbers are whole numbers, 2^40 for one: any order of additions gives the same, so that atomic
 ones are repeatable, and what is left of a class after the subtraction of its only row is exactly zero. A row that is
 not finite has no such number; it counts POISON times, which shows in all that gets the sum.
 """

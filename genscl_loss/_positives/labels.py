@@ -97,14 +97,14 @@ def class_numbers(labels: ClassLabels) -> tuple[Tensor, Tensor]:
     a, b, are_numbers, there = labels
     if are_numbers:
         return _without(a, b, None if there is None else pad(a, (1, 0)).amax() + 1, there)
-    left = _searchable(a)
+    left = a.contiguous()
     values = left.sort().values
     # How many classes come before each place, and before the end.
     number = pad((values[1:] != values[:-1]).long(), (1, 1), value=1).cumsum(0) - 1
     if b is a:
         same = number[torch.searchsorted(values, left)]
         return _without(same, same, number[-1], there)
-    right = _searchable(b)
+    right = b.contiguous()
     first, last = torch.searchsorted(values, right), torch.searchsorted(values, right, right=True)
     right = torch.where(first == last, number[-1], number[first])
     return _without(number[torch.searchsorted(values, left)], right, number[-1], there)
@@ -115,12 +115,3 @@ def _without(a: Tensor, b: Tensor, nobody: Tensor | None, there: Tensor | None) 
     if there is None or nobody is None:
         return a, b
     return a, torch.where(there, b, nobody)
-
-
-def _searchable(classes: Tensor) -> Tensor:
-    """The same classes as `torch.searchsorted` wants them, which does not know all dtypes."""
-    if classes.dtype == torch.uint64:
-        classes = classes.view(torch.int64)
-    elif classes.dtype in (torch.bool, torch.uint16, torch.uint32):
-        classes = classes.long()
-    return classes.contiguous()

@@ -15,6 +15,7 @@ from genscl_loss._positives.labels import (
     Similarity,
     VectorLabels,
     class_numbers,
+    has_gradient,
     similarity_matrix,
 )
 
@@ -42,8 +43,7 @@ def positives(
     given = labelled(anchors, contrasts, labels, self_offset)
     a, b = given.anchor_labels, given.contrast_labels
     alignment, mass = _positives(anchors, contrasts, a, b, self_offset)
-    has_gradient = a.requires_grad or (b is not None and b.requires_grad)
-    return alignment, mass if has_gradient else mass.detach()  # spares the backward pass a few small operations
+    return alignment, mass if has_gradient(labels) else mass.detach()  # spares the backward pass a few small operations
 
 
 def labelled(
@@ -125,7 +125,7 @@ _positives_grad = define_operator(
 # ---- Class numbers for kernels ----
 
 
-def compared(classes: ClassLabels, are_contrasts: bool) -> ClassLabels:
+def numbered_by_kernel(classes: ClassLabels, are_contrasts: bool) -> ClassLabels:
     """Classes as numbers of a kernel that compares them; `are_contrasts`: the anchors are the contrasts."""
     a, b = _class_numbers(classes.anchors, None if are_contrasts else classes.contrasts)
     return ClassLabels(a, a if are_contrasts else b, are_numbers=True)
@@ -152,7 +152,7 @@ _class_numbers = define_operator(
 )
 
 
-# ---- Rows that have several owners ----
+# ---- Contrasts that are anchors of other processes ----
 
 
 def mirrored_positives(
