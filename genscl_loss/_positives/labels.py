@@ -40,7 +40,7 @@ class Similarity(NamedTuple):
 Labels = ClassLabels | VectorLabels | Similarity
 
 # From so many pairs on, classes are compared in the dtype of weights if that has a number for each. A comparison in one
-# dtype takes a fifth of the time, or less, of one that makes another; to see whether it is exact takes 20 us.
+# dtype takes a tenth to a half of the time of one that makes another; to see whether it is exact takes 20 us.
 _MANY_PAIRS = 2**16
 
 
