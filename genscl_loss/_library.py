@@ -59,7 +59,8 @@ def define_operator(
 
     Args:
         name: Name of the operator.
-        signature: Arguments and results in torch's schema language; the first argument is a tensor.
+        signature: Arguments and results in torch's schema language; the first argument is a tensor. Those in a list of
+            tensors have no gradient.
         kernel: Computes the result; writes to none of its arguments and returns none of them.
         fake: Returns an empty tensor of the result's shape, dtype and strides.
         setup_context: Saves what `backward` needs, as in `torch.autograd.Function`.
@@ -76,6 +77,7 @@ def define_operator(
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.device = inputs[0].device
+        ctx.lists = {k: len(x) for k, x in enumerate(inputs) if isinstance(x, list) and x and isinstance(x[0], Tensor)}
         if setup_context is not None:
             setup_context(ctx, inputs, output)
 
@@ -85,11 +87,18 @@ def define_operator(
         with without_autocast(ctx.device):
             return None if backward is None else backward(ctx, *grads)
 
+    def run_registered_backward(ctx: Any, *grads: Any) -> Any:
+        """Torch wants a gradient for each tensor of a list here, and one for the list of a function."""
+        results = run_backward(ctx, *grads)
+        if not ctx.lists:
+            return results
+        return tuple([None] * ctx.lists[k] if k in ctx.lists else grad for k, grad in enumerate(results))
+
     _library.define(name + signature)
     _library.impl(name, run_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(qualified, run_backward, setup_context=save, lib=_library)
+        torch.library.register_autograd(qualified, run_registered_backward, setup_context=save, lib=_library)
     operator = getattr(getattr(torch.ops, _namespace), name).default
 
     return _shortest_way(operator, run_kernel, None if backward is None else _function(run_kernel, save, run_backward))

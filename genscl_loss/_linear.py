@@ -71,17 +71,16 @@ def losses(
         all_labels: One or two.
         options: The rest.
     """
-    both: list[Tensor | None] = [None] * 4
     all_labels = [_numbered(y, contrasts is None, options.backend) for y in all_labels]
-    for k, labels in enumerate(all_labels):
-        a, b = labels.anchors.detach(), labels.contrasts.detach()
-        both[2 * k : 2 * k + 2] = [b, None] if contrasts is None else [a, b]
+    tensors = [
+        x.detach() for y in all_labels for x in ((y.contrasts,) if contrasts is None else (y.anchors, y.contrasts))
+    ]
     are_numbers = isinstance(all_labels[0], ClassLabels) and all_labels[0].are_numbers
     # Field by field: not all versions of the compiler know `dataclasses.astuple`.
     sizes = options.self_offset, options.partner, options.num_live
     rest = options.normalize, options.is_probability, options.precision, options.backend
     variable, known = (scale, None) if isinstance(scale, Tensor) else (None, scale)
-    loss, mass, *_ = _linear(anchors, contrasts, variable, weight, *both, known, are_numbers, *sizes, *rest)
+    loss, mass, *_ = _linear(anchors, contrasts, variable, weight, tensors, known, are_numbers, *sizes, *rest)
     if len(all_labels) == 1:
         return [(loss.view(-1), mass.view(-1))]
     return list(zip(loss.unbind(), mass.unbind(), strict=True))
@@ -103,10 +102,7 @@ def _kernel(
     contrasts: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    teacher_a: Tensor | None,
-    teacher_b: Tensor | None,
+    labels: list[Tensor],
     known_scale: float | None,
     are_numbers: bool,
     self_offset: int | None,
@@ -120,7 +116,7 @@ def _kernel(
     """Losses, masses and alignments, (1, A) or (2, A); then what `pure_row_lse_grad` or the kernels want."""
     scale = _tensor_of(scale, known_scale, anchors)
     if backend == "triton":
-        all_labels = _label_pairs(a, b, teacher_a, teacher_b)
+        all_labels = _label_pairs(labels, contrasts)
         if in_kernels.suits(anchors, contrasts, all_labels, self_offset, normalize):
             return in_kernels.losses(
                 anchors, contrasts, scale, weight, all_labels, self_offset, precision, is_probability
@@ -129,15 +125,15 @@ def _kernel(
     left_out = diagonals(self_offset, partner, len(z), len(z if others is None else others))
     lse, *kept = pure_row_lse(z, others, scale, weight, left_out, normalize, precision, backend)
     results = []
-    for labels in _labels(a, b, teacher_a, teacher_b, are_numbers=are_numbers):
-        alignment, mass = align(labelled(z, others, labels, self_offset))
+    for own in _labels(labels, contrasts, are_numbers):
+        alignment, mass = align(labelled(z, others, own, self_offset))
         likelihood = log_likelihood(alignment, mass, lse.to(mass.dtype), scale)
         if partner is not None:
             likelihood = logsigmoid(likelihood)
         loss = loss_of(likelihood, mass, is_probability)
         results.append([x.to(z.dtype)[None] for x in (loss, mass, alignment)])
     found = results[0] if len(results) == 1 else [torch.cat(each) for each in zip(*results, strict=True)]
-    return *found, *kept, _factors(anchors, contrasts, teacher_a, backend, normalize)
+    return *found, *kept, _factors(anchors, contrasts, len(results), backend, normalize)
 
 
 def _tensor_of(scale: Tensor | None, known: float | None, like: Tensor) -> Tensor:
@@ -146,14 +142,12 @@ def _tensor_of(scale: Tensor | None, known: float | None, like: Tensor) -> Tenso
     return as_tensor(one_of_both, like)
 
 
-def _factors(
-    anchors: Tensor, contrasts: Tensor | None, teacher_a: Tensor | None, backend: str, normalize: bool
-) -> Tensor:
+def _factors(anchors: Tensor, contrasts: Tensor | None, num_labels: int, backend: str, normalize: bool) -> Tensor:
     """Room for what the kernels keep; none where they are not used."""
     if backend != "triton" or not normalize:
         return anchors.new_empty(0, dtype=torch.float64)
     num_contrasts = 0 if contrasts is None else contrasts.shape[0]
-    count = in_kernels.num_factors(anchors.shape[0], num_contrasts, 1 if teacher_a is None else 2)
+    count = in_kernels.num_factors(anchors.shape[0], num_contrasts, num_labels)
     return anchors.new_empty(count, dtype=torch.float64)
 
 
@@ -162,10 +156,7 @@ def _fake(
     contrasts: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    teacher_a: Tensor | None,
-    teacher_b: Tensor | None,
+    labels: list[Tensor],
     known_scale: float | None,
     are_numbers: bool,
     self_offset: int | None,
@@ -176,14 +167,16 @@ def _fake(
     precision: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    each = [anchors.new_empty(1 if teacher_a is None else 2, anchors.shape[0]) for _ in range(3)]
+    num_labels = len(_label_pairs(labels, contrasts))
+    each = [anchors.new_empty(num_labels, anchors.shape[0]) for _ in range(3)]
     kept = fake_row_lse(anchors, contrasts, precision, backend)[1:]
-    return *each, *kept, _factors(anchors, contrasts, teacher_a, backend, normalize)
+    return *each, *kept, _factors(anchors, contrasts, num_labels, backend, normalize)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchors, contrasts, scale, weight, a, b, teacher_a, teacher_b, *ctx.options = inputs
-    ctx.save_for_backward(anchors, contrasts, scale, weight, a, b, teacher_a, teacher_b, *output)
+    anchors, contrasts, scale, weight, labels, *ctx.options = inputs
+    ctx.save_for_backward(anchors, contrasts, scale, weight, *output, *labels)
+    ctx.num_outputs = len(output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -192,7 +185,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
     anchors, contrasts, scale, weight, *saved = ctx.saved_tensors
-    labels, kept = saved[:4], saved[4:]
+    kept, labels = saved[: ctx.num_outputs], saved[ctx.num_outputs :]
     wanted = list(ctx.needs_input_grad[:3])
     with torch.no_grad():
         results = _linear_grad(grad, anchors, contrasts, scale, weight, labels, kept, *ctx.options, wanted)
@@ -207,7 +200,7 @@ def _grad_kernel(
     contrasts: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
-    labels: list[Tensor | None],
+    labels: list[Tensor],
     kept: list[Tensor],
     known_scale: float | None,
     are_numbers: bool,
@@ -228,7 +221,7 @@ def _grad_kernel(
     elif num_live is None:
         num_live = len(contrasts)
     if backend == "triton":
-        all_labels = _label_pairs(*labels)
+        all_labels = _label_pairs(labels, contrasts)
         if in_kernels.suits(anchors, contrasts, all_labels, self_offset, normalize):
             d_z, d_others, found = in_kernels.losses_grad(
                 grad, anchors, contrasts, scale, weight, all_labels, kept_of_both[1:], self_offset, num_live, wanted[2]
@@ -245,7 +238,7 @@ def _grad_kernel(
     if wanted[2]:
         of_pairs = scale_grad(z, d_z, scale, is_self=others is None)
         d_scale = (of_pairs + (grad * alignment).sum()).to(scale.dtype)
-    for u, own in zip(grad * scale, _labels(*labels, are_numbers=are_numbers), strict=True):
+    for u, own in zip(grad * scale, _labels(labels, contrasts, are_numbers), strict=True):
         given = labelled(z, others, own, self_offset)
         align_grad(u, None, given, (True, num_live > 0, False, False), onto=(d_z, d_others))
     if normalize:
@@ -266,14 +259,16 @@ def _with_zeros(some: Tensor | None, contrasts: Tensor | None, like: Tensor) -> 
     return whole
 
 
-def _label_pairs(*both: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Those of anchors and contrasts, and a teacher's."""
-    return [(a, b) for a, b in zip(both[::2], both[1::2], strict=True) if a is not None]
+def _label_pairs(labels: list[Tensor], contrasts: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Labels of anchors and contrasts, and a teacher's, from a list of all; a self-contrast has one of each kind."""
+    if contrasts is None:
+        return [(a, None) for a in labels]
+    return list(zip(labels[::2], labels[1::2], strict=True))
 
 
-def _labels(*both: Tensor | None, are_numbers: bool) -> list[ClassLabels | VectorLabels]:
-    """Labels, and a teacher's, from those of anchors and contrasts each."""
-    pairs = ((a, a if b is None else b) for a, b in zip(both[::2], both[1::2], strict=True) if a is not None)
+def _labels(labels: list[Tensor], contrasts: Tensor | None, are_numbers: bool) -> list[ClassLabels | VectorLabels]:
+    """The same as labels."""
+    pairs = ((a, a if b is None else b) for a, b in _label_pairs(labels, contrasts))
     return [ClassLabels(a, b, are_numbers) if a.dim() == 1 else VectorLabels(a, b) for a, b in pairs]
 
 
@@ -298,8 +293,7 @@ _OPTIONS = "float? known_scale, bool are_numbers, SymInt? self_offset, SymInt? p
 _OPTIONS += ", bool normalize, bool is_probability, str precision, str backend"
 _linear = define_operator(
     "linear",
-    "(Tensor anchors, Tensor? contrasts, Tensor? scale, Tensor? weight, Tensor a, Tensor? b, Tensor? teacher_a, "
-    "Tensor? teacher_b, "
+    "(Tensor anchors, Tensor? contrasts, Tensor? scale, Tensor? weight, Tensor[] labels, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_kernel,
     fake=_fake,
@@ -308,7 +302,7 @@ _linear = define_operator(
 )
 _linear_grad = define_operator(
     "linear_grad",
-    "(Tensor grad, Tensor anchors, Tensor? contrasts, Tensor? scale, Tensor? weight, Tensor?[] labels, Tensor[] kept, "
+    "(Tensor grad, Tensor anchors, Tensor? contrasts, Tensor? scale, Tensor? weight, Tensor[] labels, Tensor[] kept, "
     f"{_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     kernel=_grad_kernel,
     fake=_grad_fake,

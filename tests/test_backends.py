@@ -139,6 +139,19 @@ def test_row_lse_is_registered_correctly(a, m, self_offset, dtype):
         opcheck(operators.row_lse_grad.default, (grad, *saved, wanted, "tiled"))
 
 
+@pytest.mark.parametrize("num_labels", [1, 2])
+@pytest.mark.parametrize("m, num_live", [(None, None), (9, None), (9, 4)])
+def test_both_halves_are_registered_correctly(m, num_live, num_labels):
+    """Labels travel as a list, one of each kind in a self-contrast and two elsewhere, and have no gradient."""
+    anchors, contrasts, scale = make(6, m, torch.float64)
+    leaves = [x if x is None else x.clone().requires_grad_() for x in (anchors, contrasts, scale)]
+    sides = (6,) if m is None else (6, m)
+    labels = [torch.rand(rows, 3, dtype=torch.float64) for _ in range(num_labels) for rows in sides]
+    offset = 0 if m is None or num_live is not None else None
+    options = (None, False, offset, None, num_live, True, True, "highest", "tiled")
+    opcheck(torch.ops.genscl_loss.linear.default, (*leaves, None, labels, *options))
+
+
 def test_operators_take_any_strides():
     anchors, contrasts = torch.randn(5, 7).T, torch.randn(10, 10)[::2, ::2]
     scale = torch.tensor(2.0)

@@ -217,7 +217,7 @@ def _lse_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
     return *(None if x is None else only_once(x, message, lse) for x in found), *[None] * len(rest)
 
 
-def scale_grad(rows: Tensor, d_rows: Tensor, scale: Tensor, *, is_self: bool) -> Tensor:
+def scale_grad(rows: Tensor, d_rows: Tensor, scale: Tensor | float, *, is_self: bool) -> Tensor:
     """The derivative with respect to the scale, of what depends on it through scale * rows only, from that of rows.
 
     In a self-contrast the latter holds both sides of each logit: count half.
@@ -352,27 +352,18 @@ class _MirroredLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lse, *saved = ctx.saved_tensors
+        lse = ctx.saved_tensors[0]
         with torch.no_grad():
-            d_rows, d_scale = _MirroredLse._gradients(ctx, grad, *saved)
+            d_rows, d_scale = _MirroredLse._gradients(ctx, grad)
         message = no_second_derivative(ctx.options[3])
         d_rows = only_once(d_rows, message, lse)
         d_scale = None if d_scale is None else only_once(d_scale, message, lse)
         return d_rows, None, d_scale, *[None] * (len(ctx.needs_input_grad) - 3)
 
     @staticmethod
-    def _gradients(
-        ctx: Any,
-        grad: Tensor,
-        sums: Tensor,
-        left: Tensor,
-        right: Tensor,
-        inner_scale: Tensor,
-        weight: Tensor | None,
-        scale: Tensor,
-        rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of the rows and the scale."""
+        _, sums, left, right, inner_scale, weight, scale, rows = ctx.saved_tensors
         self_offset, share, unit, backend, (num_rows, num_features) = ctx.options
         implementation = _IMPLEMENTATIONS[backend]
         with without_autocast(grad.device):
