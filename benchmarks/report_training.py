@@ -208,7 +208,7 @@ def draw_curves(report: Report, path: Path) -> None:
             values = list(zip(*([value for _, value in run["knn"]] for run in runs), strict=True))
             means = [statistics.mean(column) for column in values]
             spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
-            (line,) = axis.plot(epochs, means, label=f"{title} ({len(runs)} seeds)")
+            (line,) = axis.plot(epochs, means, label=f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})")
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         title = report.plan.content["stages"][stage]["title"] + ("" if report.is_complete(stage) else " (preliminary)")
