@@ -164,12 +164,18 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 def _refuse_tangents(args: tuple[Any, ...]) -> None:
     """Raise where forward-mode differentiation would pass an operator by and take its derivative for zero."""
-    tensors = (value for value in args if isinstance(value, Tensor))
-    unpack: Any = forward_ad.unpack_dual
-    if any(unpack(tensor).tangent is not None for tensor in tensors):
+    if any(isinstance(value, Tensor) and has_tangent(value) for value in args):
         raise RuntimeError(
             'forward-mode differentiation of the loss needs backend="dense", outside autocast; reverse mode does not'
         )
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether it is differentiated in forward mode."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    unpack: Any = forward_ad.unpack_dual
+    return unpack(tensor).tangent is not None
 
 
 def only_once(result: Tensor, message: str, *outputs: Tensor) -> Tensor:

@@ -636,3 +636,17 @@ def test_every_argument_may_be_mapped_over():
     found = torch.func.vmap(lambda p: torch.func.functional_call(criterion, p, (x[0], classes)))(logs)
     wanted = [gen_supcon_loss(x[0], classes, temperature=float(t), base_temperature=None) for t in temperatures]
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in make_dual
+@pytest.mark.parametrize("name", ["labels", "teacher_labels"])
+def test_a_forward_derivative_of_labels_is_refused_where_there_is_none(name):
+    """In linear memory labels without a gradient are constants: a tangent must not pass for that."""
+    features, labels = torch.randn(6, 4), torch.rand(6, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(labels, torch.ones_like(labels))
+        given = {"labels": labels, name: dual}
+        with pytest.raises(RuntimeError, match='forward-mode differentiation of the loss needs backend="dense"'):
+            gen_supcon_loss(features, backend="tiled", **given)
+        loss = gen_supcon_loss(features, backend="dense", **given)
+        assert torch.autograd.forward_ad.unpack_dual(loss).tangent is not None

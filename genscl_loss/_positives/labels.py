@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from genscl_loss._checks import is_transformed, may_look_at
-from genscl_loss._library import matmul
+from genscl_loss._library import has_tangent, matmul
 from genscl_loss._unit import inverse_lengths, unit_rows
 
 
@@ -51,7 +51,8 @@ def num_classes(labels: Labels) -> int:
 
 def has_gradient(labels: Labels) -> bool:
     """Whether anything is to be differentiated with respect to them."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in labels)
+    tensors = [x for x in labels if isinstance(x, Tensor)]
+    return (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or any(map(has_tangent, tensors))
 
 
 def similarity_matrix(labels: Labels, self_offset: int | None, dtype: torch.dtype) -> Tensor:
