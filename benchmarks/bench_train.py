@@ -1,7 +1,7 @@
 """The four-way comparison of the GenSCL paper with `examples/train_cifar.py`: accuracy, and what the loss costs.
 
     python benchmarks/bench_train.py --data PATH                                  # tens of minutes on two CPU cores
-    python benchmarks/bench_train.py --arch resnet18 --epochs 100 --per-class 0 --batch-size 1024 --seeds 2 --jobs 1
+    python benchmarks/bench_train.py --arch resnet18 --per-class 0 --epochs 100 --batch-size 1024 --amp bf16 --compile
     python benchmarks/bench_train.py --data PATH --smoke                          # seconds: does it run at all?
 
 Cross-entropy, SupCon, GenSCL with mixup-cutmix, and that with a teacher, which is the cross-entropy model with
@@ -138,6 +138,7 @@ def throughput(settings: list[str]) -> dict[str, Any]:
     run = trainer.start(options, images, trainer.World(1, 1, world.device))  # rank 1 writes nothing
     objective, _ = trainer.make_objective(run, images, None, options, world)
     size, shape = options.batch_size, images.train[0].shape[1:]
+    network = torch.compile(run.model) if options.compile else run.model
     noise = torch.rand(2 * size, *shape, device=world.device).contiguous(memory_format=torch.channels_last)
 
     def step() -> None:
@@ -146,7 +147,7 @@ def throughput(settings: list[str]) -> dict[str, Any]:
 
     def bare() -> None:
         with trainer.autocast(options, world):
-            outputs = run.model(noise)
+            outputs = network(noise)
         update(F.mse_loss(outputs.float(), torch.zeros_like(outputs, dtype=torch.float32)))
 
     def update(loss: torch.Tensor) -> None:

@@ -2,13 +2,14 @@
 
     python benchmarks/compare_training.py --data PATH           # benchmarks/training/plan.json, in its order
     python benchmarks/compare_training.py --list                # what is done and what is missing
+    python benchmarks/compare_training.py --data PATH --only scarce/mix    # these runs, and what they need
     python benchmarks/compare_training.py --data PATH --again few/supcon/0    # once more: the same to the last bit?
 
 The plan says what is compared, and `benchmarks/training/REGISTRATION.md` why. Runs are those of
 `examples/train_cifar.py`, one thread each, at the lowest priority, two at a time. One that was cut off goes on from its
 last checkpoint; several of these commands, also at once, share the work. Of each finished run one small file is kept
 under `--results`. Checkpoints stay in `--local`: without them a teacher is trained again, and compared with its file.
-`benchmarks/report_training.py` makes tables and figures.
+`benchmarks/report_training.py` makes tables and figures. A regime of your own is a stage in a copy of the plan, --plan.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def lock(folder: Path) -> Iterator[int | None]:
 
 
 class Runner:
-    def __init__(self, plan: Plan, data: Path, local: Path, commit: str | None) -> None:
+    def __init__(self, plan: Plan, data: Path, local: Path, commit: str | None, only: str | None = None) -> None:
         self.plan, self.data, self.local = plan, data, local
+        self.wanted = plan.with_needs(only)
         self.active: set[Run] = set()  # of this command
         self.failed: set[Run] = set()
         self.facts = {
@@ -84,7 +86,7 @@ class Runner:
     def possible(self) -> list[Run]:
         """What could be run now, in the order of the plan; a teacher whose weights are gone before its students."""
         found: list[Run] = []
-        for run in self.plan.runs():
+        for run in self.wanted:
             if self.plan.is_done(run) or not all(self.plan.is_done(other) for other in self.plan.needs(run)):
                 continue
             teacher = self.plan.teacher(run)
@@ -159,7 +161,7 @@ class Runner:
             record = self.record(run, folder)
             (folder / "last.pt").unlink()  # the next time, too, begins at the beginning
         equal = same(before, record)
-        write(self.plan.file(run).with_suffix(".again.json"), {"same": equal, **record})
+        write(self.plan.again(run), {"same": equal, **record})
         say(f"{run.name}: again, {verdict(equal)}")
         return equal
 
@@ -210,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nice", type=int, default=19, help="of the priority, 19 is the lowest (default: %(default)s)")
     parser.add_argument("--commit", help="of the source, where it is not in a git repository")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and end")
+    parser.add_argument("--only", metavar="RUNS", help="stage, stage/variant or stage/variant/seed")
     parser.add_argument("--again", metavar="RUN", help="do a finished run once more and compare, and end")
     options = parser.parse_args(argv)
     plan = Plan(options.plan, options.results)
@@ -219,7 +222,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.data is None:
         parser.error("--data is missing: a folder or tar of images")
     os.nice(options.nice)
-    runner = Runner(plan, options.data.resolve(), options.local.resolve(), options.commit)
+    runner = Runner(plan, options.data.resolve(), options.local.resolve(), options.commit, options.only)
+    if not runner.wanted:
+        parser.error(f"--only {options.only} is not in the plan; --list shows its runs")
     if options.again:
         run = next((run for run in plan.runs() if run.name == options.again), None)
         if run is None:

@@ -1,13 +1,16 @@
 """Tables and figures of a registered comparison of trainings, from whatever runs are there; what is missing is said.
 
     python benchmarks/report_training.py    # benchmarks/results/NAME of the plan: report.md, curves.png, images.png
+    python benchmarks/report_training.py --plan MINE.json
 
-Methods are compared seed by seed: the mean of the differences, and a 95 % interval from Student's t.
+Methods are compared seed by seed: the mean of the differences, and a 95 % interval from Student's t. What is not
+registered in the plan, such as a stage of your own, is reported in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -22,7 +25,6 @@ JUDGES = {"linear": "linear probe", "knn": "kNN"}
 HYPOTHESES = (("mix", "supcon"), ("kd", "mix"))
 OTHERS = (("kd", "supcon"), ("supcon", "ce"), ("mix", "ce"), ("kd", "ce"))
 OTHERS += (("ce_mix", "ce"), ("mix", "ce_mix"), ("kd", "ce_mix"))
-COMPARISONS = ("scarce", "few", "more")  # the hypotheses are about the first one
 LONG_ENOUGH = 1.0  # points of kNN that a method may gain in the last fifth of its training
 
 Results = dict[int, dict[str, Any]]  # of the runs of a variant, by seed
@@ -91,6 +93,7 @@ class Report:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.results = plan, found(plan)
         self.titles = {name: method["title"] for name, method in plan.content["methods"].items()}
+        self.comparisons = [stage for stage in plan.content["stages"] if plan.kind(stage) == "comparison"]
 
     def of(self, stage: str, variant: str) -> Results:
         return self.results.get(stage, {}).get(variant, {})
@@ -111,10 +114,19 @@ class Report:
                 parts.append(f"## {stages[stage]['title']}\n")
                 parts += [] if self.is_complete(stage) else ["**Preliminary: not all runs of this stage are done.**\n"]
                 parts.append(self.section(stage))
-        return "\n".join([*parts, "## Runs\n", f"```text\n{self.plan.missing()}\n```\n"])
+        return "\n".join([*parts, "## Runs\n", *self.repeated(), f"```text\n{self.plan.missing()}\n```\n"])
 
     def has_curves(self) -> bool:
-        return any(self.of(stage, method) for stage in COMPARISONS for method in self.titles)
+        return any(results for stage in self.comparisons for results in self.results[stage].values())
+
+    def repeated(self) -> list[str]:
+        """What came out of runs that were done once more."""
+        said = []
+        for run in self.plan.runs():
+            if (file := self.plan.again(run)).exists():
+                equal = json.loads(file.read_text(encoding="utf-8"))["same"]
+                said.append(f"- {run.name}, once more: {'the same to the last bit' if equal else '**not the same**'}")
+        return ["\n".join(said) + "\n"] if said else []
 
     def conditions(self) -> str:
         stages = self.results.values()
@@ -129,27 +141,31 @@ class Report:
         )
 
     def section(self, stage: str) -> str:
-        if stage in COMPARISONS:
-            return self.comparison(stage)
-        return self.choice(stage) if stage == "choose" else self.changes(stage)
+        tables = {"comparison": self.comparison, "choice": self.choice, "changes": self.changes}
+        return tables[self.plan.kind(stage)](stage)
+
+    def variants(self, stage: str) -> dict[str, str]:
+        """Of each variant its title, methods in the order of the plan."""
+        titles = {run.variant: (run.method, options_of(run)) for run in self.plan.stage(stage)}
+        ordered = sorted(titles.items(), key=lambda entry: list(self.titles).index(entry[1][0]))
+        return {name: ", ".join(filter(None, [self.titles[method], changed])) for name, (method, changed) in ordered}
 
     def comparison(self, stage: str) -> str:
-        results = {method: self.of(stage, method) for method in self.titles}
-        rows = []
-        for method, title in self.titles.items():
-            runs = results[method].values()
+        results, titles, rows = self.results[stage], self.variants(stage), []
+        for variant, title in titles.items():
+            runs = results[variant].values()
             judged = [mean_and_spread([accuracy(run, judge) for run in runs]) for judge in JUDGES]
             gained = [last_fifth(run) for run in runs]
             rows.append([title, str(len(runs)), *judged, f"{statistics.mean(gained):+.2f}" if gained else "–"])
         parts = [table(["", "seeds", *JUDGES.values(), "kNN gained in the last fifth"], rows)]
         rows = []
-        for pairs, mark in ((HYPOTHESES, " (hypothesis)" if stage == COMPARISONS[0] else ""), (OTHERS, "")):
-            for one, other in pairs:
+        for pairs, mark in ((HYPOTHESES, " (hypothesis)" if stage == self.comparisons[0] else ""), (OTHERS, "")):
+            for one, other in (pair for pair in pairs if results.keys() >= set(pair)):
                 count = len(differences(results[one], results[other], "linear"))
                 cells = [difference(results[one], results[other], judge) for judge in JUDGES]
                 rows.append([f"{self.titles[one]} − {self.titles[other]}{mark}", str(count), *cells])
         parts.append(table(["difference", "pairs", *JUDGES.values()], rows))
-        slow = [self.titles[m] for m in self.titles if self.gain(results[m]) >= LONG_ENOUGH]
+        slow = [title for variant, title in titles.items() if self.gain(results[variant]) >= LONG_ENOUGH]
         if slow:
             parts.append(f"Not at its end: {', '.join(slow)} gained a point of kNN or more in the last fifth.\n")
         return "\n".join(parts)
@@ -158,29 +174,28 @@ class Report:
         return statistics.mean(last_fifth(run) for run in results.values()) if results else 0.0
 
     def choice(self, stage: str) -> str:
-        rows = []
+        rows, titles = [], self.variants(stage)
         for variant, results in self.results[stage].items():
             run = next(run for run in self.plan.stage(stage) if run.variant == variant)
             mark = " (chosen)" if self.plan.chosen(run.method, stage) == run.options else ""
             cells = [mean_and_spread([accuracy(result, judge) for result in results.values()]) for judge in JUDGES]
-            rows.append([f"{self.titles[run.method]}, {options_of(run)}{mark}", *cells])
+            rows.append([f"{titles[variant]}{mark}", *cells])
         return table(["", *JUDGES.values()], rows)
 
     def changes(self, stage: str) -> str:
         """What one changed option does."""
         source, base = self.plan.content["stages"][stage]["compared_with"].split("/")
-        base_results, rows = self.of(source, base), []
+        base_results, rows, titles = self.of(source, base), [], self.variants(stage)
         for variant, results in self.results[stage].items():
             run = next(run for run in self.plan.stage(stage) if run.variant == variant)
             if not run.options and variant != base:
                 continue  # a teacher
-            title = f"{self.titles[run.method]}{', ' if run.options else ''}{options_of(run)}"
             cells = [mean_and_spread([accuracy(result, judge) for result in results.values()]) for judge in JUDGES]
             compared = [difference(results, base_results, judge) for judge in JUDGES]
             shared = results.keys() & base_results.keys()
             if shared and variant != base and all(results[s]["weights"] == base_results[s]["weights"] for s in shared):
                 compared = ["the same weights, bit for bit", ""]
-            rows.append([title, str(len(results)), *cells, *(compared if variant != base else ["", ""])])
+            rows.append([titles[variant], str(len(results)), *cells, *(compared if variant != base else ["", ""])])
         heads = ["", "seeds", *JUDGES.values(), *(f"change, {judge}" for judge in JUDGES.values())]
         parts = [table(heads, rows)]
         long, one = (self.of(stage, f"mix,queue_size={size}") for size in (1024, 1))
@@ -198,11 +213,11 @@ def options_of(run: Any) -> str:
 # ------------------------------------------------------------------ figures
 def draw_curves(report: Report, path: Path) -> None:
     """kNN against epochs: mean over seeds, and a band of one standard deviation."""
-    stages = [stage for stage in COMPARISONS if any(report.of(stage, method) for method in report.titles)]
+    stages = [stage for stage in report.comparisons if any(report.results[stage].values())]
     figure = Figure(figsize=(6.5 * len(stages), 4), layout="constrained")
     for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        for method, title in report.titles.items():
-            if not (runs := report.of(stage, method).values()):
+        for variant, title in report.variants(stage).items():
+            if not (runs := report.of(stage, variant).values()):
                 continue
             epochs = [epoch for epoch, _ in next(iter(runs))["knn"]]
             values = list(zip(*([value for _, value in run["knn"]] for run in runs), strict=True))
@@ -222,14 +237,14 @@ def draw_images(report: Report, path: Path) -> None:
     axis = (figure := Figure(figsize=(5.5, 4), layout="constrained")).subplots()
     for method, title in report.titles.items():
         points = []
-        for stage in COMPARISONS:
+        for stage in report.comparisons:
             values = [accuracy(run, "linear") for run in report.of(stage, method).values()]
-            if values:
-                images = report.plan.content["stages"][stage]["options"]["per_class"]
+            images = report.plan.content["stages"][stage]["options"].get("per_class")
+            if values and images is not None:
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 points.append((images, statistics.mean(values), spread))
         if points:
-            x, y, spread = zip(*points, strict=True)
+            x, y, spread = zip(*sorted(points), strict=True)
             axis.errorbar(x, y, spread, marker="o", capsize=3, label=title)
     axis.set(xlabel="training images of each class", ylabel="linear probe, test accuracy in %"), axis.grid(alpha=0.3)
     axis.legend(fontsize="small")

@@ -35,7 +35,9 @@ class Plan:
 
     The file has "common" options of the trainer, "methods" (each with its "options", and its "teacher" if it has one)
     and "stages": "variants" (a method and the options that set it apart), "seeds", "options", and "settings_from", the
-    stage in which the options of each method are chosen. A variant may have "seeds" of its own.
+    stage in which the options of each method are chosen. A variant may have "seeds" of its own. A stage with
+    "compared_with", a stage and a variant of it, changes one thing at a time; what settings do not come from and has no
+    such entry compares methods.
     """
 
     def __init__(self, path: Path = PLAN, results: Path | None = None) -> None:
@@ -45,6 +47,13 @@ class Plan:
     def runs(self) -> list[Run]:
         """Seed by seed, so that pairs are complete early."""
         return [run for name in self.content["stages"] for run in self.stage(name)]
+
+    def kind(self, stage: str) -> str:
+        """ "choice", "changes" or "comparison"."""
+        stages = self.content["stages"]
+        if "compared_with" in stages[stage]:
+            return "changes"
+        return "choice" if any(other.get("settings_from") == stage for other in stages.values()) else "comparison"
 
     def stage(self, name: str) -> list[Run]:
         stage = self.content["stages"][name]
@@ -62,6 +71,10 @@ class Plan:
     def result(self, run: Run) -> dict[str, Any] | None:
         file = self.file(run)
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def again(self, run: Run) -> Path:
+        """The file of a run that was done once more."""
+        return self.file(run).with_suffix(".again.json")
 
     def is_done(self, run: Run) -> bool:
         return self.file(run).exists()
@@ -100,6 +113,14 @@ class Plan:
         source = self.content["stages"][run.stage].get("settings_from")
         needed = [other for other in self.stage(source) if other.method == run.method] if source else []
         return needed + self.teachers(run)
+
+    def with_needs(self, only: str | None) -> list[Run]:
+        """A stage, a variant, or a run, and what has to be finished before, in the order of the plan; all if None."""
+        parts = only.split("/") if only else []
+        found = {run for run in self.runs() if run.name.split("/")[: len(parts)] == parts}
+        while missing := {need for run in found for need in self.needs(run)} - found:
+            found |= missing
+        return [run for run in self.runs() if run in found]
 
     def settings(self, run: Run) -> dict[str, Any]:
         """The trainer's options of a run whose needs are met."""

@@ -123,6 +123,24 @@ def test_of_equals_the_first_is_chosen(tmp_path):
     assert plan.chosen("supcon", "choose") == (("lr", 0.001),)
 
 
+def test_only_some_runs_and_what_they_need(tmp_path):
+    plan = training_plan.Plan(results=tmp_path)
+    names = [run.name for run in plan.with_needs("scarce/kd/2")]
+    rates = [f"choose/{method},lr={lr}/100" for method in ("ce_mix", "kd") for lr in (0.002, 0.001, 0.004)]
+    assert names == [*rates, "scarce/ce_mix/2", "scarce/kd/2"]
+    assert [run.name for run in plan.with_needs("scarce/ce") if run.stage == "scarce"] == [
+        f"scarce/ce/{seed}" for seed in range(5)
+    ]
+    assert plan.with_needs("few/nothing") == []
+    assert plan.with_needs(None) == plan.runs()
+
+
+def test_only_what_is_not_in_the_plan_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--data", str(tmp_path), "--results", str(tmp_path), "--nice", "0", "--only", "few/nothing"])
+    assert "--only few/nothing is not in the plan" in capsys.readouterr().err
+
+
 @pytest.mark.exhaustive
 def test_the_options_of_a_variant_reach_the_trainer(finished):
     assert record(finished, "ablation/mix,queue_size=1024/0")["config"]["queue_size"] == 1024

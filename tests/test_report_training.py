@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("matplotlib")
 stats = pytest.importorskip("scipy.stats")
 import report_training  # noqa: E402
-from training_plan import Plan, Run  # noqa: E402
+from training_plan import PLAN, Plan, Run  # noqa: E402
 
 HEAD = ["cpu", "cpu_capability"], ["torch", "python"]
 
@@ -130,6 +130,34 @@ def test_the_choice_names_what_was_chosen(plan):
     assert row(text, "SupCon, lr 0.001 (chosen)")[0] == "52.00"
     assert text.count("(chosen)") == 5
     assert plan.settings(plan.stage("few")[0])["lr"] == 0.001
+
+
+def test_a_stage_of_your_own_is_reported_like_the_others(tmp_path):
+    content = json.loads(PLAN.read_text())
+    variants = [{"method": "supcon"}, {"method": "mix"}, {"method": "mix", "mix_alpha": 0.2}]
+    mine = {"title": "25 images of each class", "options": {"per_class": 25, "epochs": 40}, "seeds": [7, 8]}
+    content["stages"] = {"mine": mine | {"variants": variants}}
+    del content["methods"]["kd"], content["methods"]["ce_mix"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    plan = Plan(tmp_path / "plan.json", tmp_path / "runs")
+    for run in plan.stage("mine"):
+        write(plan, run, 40 + run.seed + {"supcon": 0, "mix": 2}[run.method] + bool(run.options), 50, [50.0] * 5)
+    assert report_training.main(["--plan", str(tmp_path / "plan.json"), "--results", str(plan.results)]) == 0
+    text = (plan.results / "report.md").read_text(encoding="utf-8")
+    assert "## 25 images of each class" in text
+    assert row(text, "GenSCL, mixup-cutmix, mix alpha 0.2")[:2] == ["2", "50.50 ± 0.71"]
+    assert row(text, "GenSCL, mixup-cutmix − SupCon (hypothesis)")[:2] == ["2", "**+2.00 [+2.00, +2.00]**"]
+    assert "KD" not in text
+    assert (plan.results / "images.png").exists()
+
+
+@pytest.mark.parametrize(("equal", "said"), [(True, "the same to the last bit"), (False, "**not the same**")])
+def test_a_run_that_was_done_once_more_is_mentioned(plan, equal, said):
+    run = plan.stage("scarce")[0]
+    write(plan, run, 60, 50, [50.0] * 5)
+    assert "once more" not in report_training.Report(plan).text()
+    plan.again(run).write_text(json.dumps({"same": equal}))
+    assert f"- {run.name}, once more: {said}\n" in report_training.Report(plan).text()
 
 
 def test_the_committed_report_is_that_of_the_committed_runs():
