@@ -36,7 +36,8 @@ import torch
 from report import describe_machine, describe_versions, git_commit
 from training_plan import BENCHMARKS, PLAN, Plan, Run
 
-TRAINER = BENCHMARKS.parent / "examples" / "train_cifar.py"
+ROOT = BENCHMARKS.parent
+TRAINER = ROOT / "examples" / "train_cifar.py"
 LOCAL_OPTIONS = {"data", "data_folder", "device", "out", "resume", "smoke", "teacher"}  # of no meaning elsewhere
 
 
@@ -94,13 +95,21 @@ class Runner:
         return [run for run in dict.fromkeys(found) if run not in self.failed]
 
     def train(self, run: Run, held: int, folder: Path) -> bool:
-        """Whether the training came to its end."""
+        """Whether the training came to its end, which it does with the source it began with."""
+        begun_by, commit = folder / "commit", str(self.facts["commit"])
+        if (folder / "last.pt").exists() and begun_by.exists() and begun_by.read_text() != commit:
+            say(
+                f"{run.name}: begun by commit {begun_by.read_text()}, not {commit}: go on with that, or delete {folder}"
+            )
+            self.failed.add(run)
+            return False
+        begun_by.write_text(commit)
         command = [sys.executable, str(TRAINER), "--data", str(self.data), "--out", str(folder), "--resume"]
         command += arguments_of(self.plan.settings(run))
         if (teacher := self.plan.teacher(run)) is not None:
             command += ["--teacher", str(self.folder(teacher) / "last.pt")]
         with (folder / "log.txt").open("a") as log:
-            code = subprocess.run(command, stdout=log, stderr=log, pass_fds=[held]).returncode
+            code = subprocess.run(command, stdout=log, stderr=log, pass_fds=[held], env=environment()).returncode
         if code:
             say(f"{run.name}: failed with code {code}, see {folder / 'log.txt'}")
             self.failed.add(run)
@@ -160,14 +169,17 @@ class Runner:
                 return False
             record = self.record(run, folder)
             (folder / "last.pt").unlink()  # the next time, too, begins at the beginning
-        equal = same(before, record)
-        write(self.plan.again(run), {"same": equal, **record})
-        say(f"{run.name}: again, {verdict(equal)}")
-        return equal
+        changed = differing(before, record)
+        write(self.plan.again(run), {"same": not changed, **record})
+        say(f"{run.name}: again, {verdict(changed)}")
+        return not changed
 
     def keep(self, run: Run, record: dict[str, Any]) -> None:
         if (before := self.plan.result(run)) is not None:  # a teacher whose weights were gone
-            return say(f"{run.name}: again, {verdict(same(before, record))}")
+            if changed := differing(before, record):  # no student is taught by another one than its file names
+                (self.folder(run) / "last.pt").unlink()
+                self.failed.add(run)
+            return say(f"{run.name}: again, {verdict(changed)}")
         write(self.plan.file(run), record)
         judged = ", ".join(f"{judge} {first:.2f}" for judge, (first, _) in record["results"].items())
         say(f"{run.name}: {judged} ({record['seconds'] / 60:.1f} minutes)")
@@ -188,12 +200,21 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     return content.hexdigest()
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(one[name] == other[name] for name in ("config", "results", "knn", "losses", "weights"))
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What is not the same; options that only one of them has, and the name of the data's folder, do not count."""
+    shared = one["config"].keys() & other["config"].keys() - {"data"}
+    options = sorted(f"option {name}" for name in shared if one["config"][name] != other["config"][name])
+    return options + [key for key in ("teacher", "results", "knn", "losses", "weights") if one[key] != other[key]]
 
 
-def verdict(equal: bool) -> str:
-    return "the same to the last bit" if equal else "NOT the same"
+def verdict(changed: list[str]) -> str:
+    return f"NOT the same: {', '.join(changed)}" if changed else "the same to the last bit"
+
+
+def environment() -> dict[str, str]:
+    """Of the trainings: they import this checkout's package, whichever is installed."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def say(text: str) -> None:

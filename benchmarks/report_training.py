@@ -19,13 +19,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from scipy.stats import t as student
-from training_plan import PLAN, Plan
+from training_plan import PLAN, Plan, Run
 
 JUDGES = {"linear": "linear probe", "knn": "kNN"}
 HYPOTHESES = (("mix", "supcon"), ("kd", "mix"))
 OTHERS = (("kd", "supcon"), ("supcon", "ce"), ("mix", "ce"), ("kd", "ce"))
 OTHERS += (("ce_mix", "ce"), ("mix", "ce_mix"), ("kd", "ce_mix"))
 LONG_ENOUGH = 1.0  # points of kNN that a method may gain in the last fifth of its training
+POOR = 2.0  # a default is called poor if another value is better by so many points, in each seed and for each judge
 
 Results = dict[int, dict[str, Any]]  # of the runs of a variant, by seed
 
@@ -61,7 +62,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def last_fifth(result: dict[str, Any]) -> float:
     """What kNN gained from the last judgement before four fifths of the epochs to the end."""
     epochs = result["config"]["epochs"]
-    before = [value for epoch, value in result["knn"] if epoch <= 0.8 * epochs]
+    before = [value for epoch, value in result["knn"] if epoch < 0.8 * epochs]
     return accuracy(result, "knn") - before[-1] if before else math.nan
 
 
@@ -78,13 +79,11 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def difference(one: Results, other: Results, judge: str) -> str:
-    """The mean with its interval, in bold if zero is outside."""
+    """The mean with its interval, in bold if zero is outside; one or two values as they are."""
     values = differences(one, other, judge)
-    if not values:
-        return "–"
+    if len(values) < 3:
+        return "; ".join(f"{value:+.2f}" for value in values) or "–"
     low, high = interval(values)
-    if len(values) == 1:
-        return f"{values[0]:+.2f}"
     text = f"{statistics.mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
 
@@ -133,10 +132,13 @@ class Report:
         runs = [run for variants in stages for results in variants.values() for run in results.values()]
         machines = {f"{run['machine']['cpu']}, {run['machine']['cpu_capability']}" for run in runs}
         versions = {f"torch {run['versions']['torch']}, Python {run['versions']['python']}" for run in runs}
-        where = f" Machines: {'; '.join(sorted(machines))}. Versions: {'; '.join(sorted(versions))}." if runs else ""
+        commits = {str(run["commit"])[:7] for run in runs}
+        where = f" Machines: {'; '.join(sorted(machines))}. Versions: {'; '.join(sorted(versions))}. " if runs else ""
+        where += f"Commits: {', '.join(sorted(commits))}." if runs else ""
         return (
             "Written by `benchmarks/report_training.py` from the files beside it. Top-1 accuracies in %, ± standard "
-            "deviation over seeds. Differences within seeds: mean and 95 % interval, in bold if zero is outside."
+            "deviation over seeds. Differences within seeds: mean and 95 % interval, in bold if zero is outside; that "
+            "zero is inside does not show that there is no difference. One or two differences are shown as they are."
             f"{where}\n"
         )
 
@@ -177,10 +179,19 @@ class Report:
         rows, titles = [], self.variants(stage)
         for variant, results in self.results[stage].items():
             run = next(run for run in self.plan.stage(stage) if run.variant == variant)
-            mark = " (chosen)" if self.plan.chosen(run.method, stage) == run.options else ""
+            chosen = self.plan.chosen(run.method, stage) == run.options
+            mark = f" (chosen{self.edge(run)})" if chosen else ""
             cells = [mean_and_spread([accuracy(result, judge) for result in results.values()]) for judge in JUDGES]
             rows.append([f"{titles[variant]}{mark}", *cells])
         return table(["", *JUDGES.values()], rows)
+
+    def edge(self, run: Run) -> str:
+        """Whether a chosen value is the last one that was tried, beyond which there may be a better one."""
+        for name, value in run.options:
+            tried = [dict(other.options)[name] for other in self.plan.stage(run.stage) if other.method == run.method]
+            if len(set(tried)) > 1 and value in (min(tried), max(tried)):
+                return f", the {'highest' if value == max(tried) else 'lowest'} tried"
+        return ""
 
     def changes(self, stage: str) -> str:
         """What one changed option does."""
@@ -197,7 +208,16 @@ class Report:
                 compared = ["the same weights, bit for bit", ""]
             rows.append([titles[variant], str(len(results)), *cells, *(compared if variant != base else ["", ""])])
         heads = ["", "seeds", *JUDGES.values(), *(f"change, {judge}" for judge in JUDGES.values())]
-        parts = [table(heads, rows)]
+        better = [
+            titles[variant]
+            for variant, results in self.results[stage].items()
+            if (shared := results.keys() & base_results.keys()) and variant != base and shared == base_results.keys()
+            if all(value >= POOR for judge in JUDGES for value in differences(results, base_results, judge))
+        ]
+        words = (
+            f"Better by {POOR:.0f} points or more in every seed, for both judges: {', '.join(better) or 'nothing'}.\n"
+        )
+        parts = [table(heads, rows), words]
         long, one = (self.of(stage, f"mix,queue_size={size}") for size in (1024, 1))
         if long and one:
             cells = ", ".join(f"{difference(long, one, judge)} ({title})" for judge, title in JUDGES.items())
@@ -205,7 +225,7 @@ class Report:
         return "\n".join(parts)
 
 
-def options_of(run: Any) -> str:
+def options_of(run: Run) -> str:
     words = [(name.replace("_", " "), "" if value is True else f" {value}") for name, value in run.options]
     return ", ".join(name + value for name, value in words)
 
@@ -235,18 +255,22 @@ def draw_curves(report: Report, path: Path) -> None:
 def draw_images(report: Report, path: Path) -> None:
     """The linear probe against the number of images of each class."""
     axis = (figure := Figure(figsize=(5.5, 4), layout="constrained")).subplots()
-    for method, title in report.titles.items():
+    stages = [stage for stage in report.comparisons if any(report.results[stage].values())]
+    for number, (method, title) in enumerate(report.titles.items()):
         points = []
-        for stage in report.comparisons:
+        for stage in stages:
             values = [accuracy(run, "linear") for run in report.of(stage, method).values()]
             images = report.plan.content["stages"][stage]["options"].get("per_class")
             if values and images is not None:
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                points.append((images, statistics.mean(values), spread))
+                points.append((images * 1.015 ** (number - 2), statistics.mean(values), spread))  # side by side
         if points:
             x, y, spread = zip(*sorted(points), strict=True)
             axis.errorbar(x, y, spread, marker="o", capsize=3, label=title)
-    axis.set(xlabel="training images of each class", ylabel="linear probe, test accuracy in %"), axis.grid(alpha=0.3)
+    label = "linear probe, test accuracy in %" + ("" if all(map(report.is_complete, stages)) else " (preliminary)")
+    counts = {report.plan.content["stages"][stage]["options"].get("per_class") for stage in stages} - {None}
+    axis.set_xscale("log"), axis.set_xticks(sorted(counts), map(str, sorted(counts))), axis.minorticks_off()
+    axis.set(xlabel="training images of each class", ylabel=label), axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=130)
 

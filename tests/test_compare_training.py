@@ -196,6 +196,49 @@ def test_what_was_killed_goes_on_and_ends_as_if_it_was_not(finished, data, tmp_p
         assert strip(record(tmp_path, name)) == strip(record(finished, name)), name
 
 
+def test_what_differs_is_named():
+    one = {"config": {"lr": 1, "data": "here"}, "teacher": None, "results": 1, "knn": 1, "losses": 1, "weights": "a"}
+    same = one | {"config": {"lr": 1, "data": "there", "added_later": 0}}
+    assert compare.differing(one, same) == []
+    assert compare.verdict([]) == "the same to the last bit"
+    changed = compare.differing(one, same | {"config": {"lr": 2}, "weights": "b"})
+    assert compare.verdict(changed) == "NOT the same: option lr, weights"
+
+
+def test_a_training_imports_the_package_beside_it():
+    assert compare.environment()["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+
+
+def test_a_run_does_not_go_on_with_another_commit(tmp_path, capsys):
+    plan = training_plan.Plan(results=tmp_path / "results")
+    run = plan.stage("choose")[0]
+    runner = compare.Runner(plan, tmp_path, tmp_path / "local", "new")
+    folder = runner.folder(run)
+    folder.mkdir(parents=True)
+    (folder / "last.pt").touch()
+    (folder / "commit").write_text("old")
+    assert not runner.train(run, 0, folder)
+    assert "begun by commit old, not new" in capsys.readouterr().out
+    assert run not in runner.possible()
+
+
+def test_no_student_is_taught_by_a_teacher_that_came_out_otherwise(tmp_path, capsys):
+    plan = training_plan.Plan(results=tmp_path / "results")
+    teacher = plan.stage("choose")[0]
+    record = {"config": {}, "teacher": None, "results": {"linear": [1.0, 2.0]}, "knn": [], "losses": [], "weights": "a"}
+    compare.write(plan.file(teacher), record)
+    runner = compare.Runner(plan, tmp_path, tmp_path / "local", "commit")
+    runner.folder(teacher).mkdir(parents=True)
+    for name in ("last.pt", "results.json"):
+        (runner.folder(teacher) / name).touch()
+    runner.keep(teacher, record)
+    assert runner.has_weights(teacher)
+    runner.keep(teacher, record | {"weights": "b"})
+    assert not runner.has_weights(teacher)
+    assert teacher not in runner.possible()
+    assert "NOT the same: weights" in capsys.readouterr().out
+
+
 def test_a_run_belongs_to_one_process_and_to_nobody_when_that_is_dead(tmp_path):
     hold = "import sys, time, pathlib, compare_training\n"
     hold += "with compare_training.lock(pathlib.Path(sys.argv[1])) as held:\n"

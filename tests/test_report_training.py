@@ -26,6 +26,7 @@ def write(plan: Plan, run: Run, linear: float, knn: float, curve: list[float], w
     every = epochs / len(curve)
     record = {
         "run": run.name,
+        "commit": "c" * 40,
         "machine": dict.fromkeys(HEAD[0], "a machine"),
         "versions": dict.fromkeys(HEAD[1], "1.2"),
         "config": {"epochs": epochs},
@@ -83,13 +84,14 @@ def test_what_is_there_is_compared_and_what_is_missing_said(plan, tmp_path, caps
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
     assert "**Preliminary: not all runs of this stage are done.**" in text
-    assert row(text, "SupCon") == ["3", "62.00 ± 0.00", "50.00 ± 0.00", "+3.00"]
+    assert row(text, "SupCon") == ["3", "62.00 ± 0.00", "50.00 ± 0.00", "+5.00"]
     assert "Not at its end: cross-entropy, cross-entropy, mixup-cutmix, SupCon" in text
     half = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     expected = f"**+1.10 [{1.1 - half:+.2f}, {1.1 + half:+.2f}]**"
     assert row(text, "GenSCL, mixup-cutmix − SupCon (hypothesis)") == ["3", expected, "+0.00 [+0.00, +0.00]"]
     count, cell, _ = row(text, "GenSCL, mixup-cutmix + KD − GenSCL, mixup-cutmix (hypothesis)")
-    assert (count, cell) == ("2", "+0.95 [+0.31, +1.59]".join(["**", "**"]))
+    assert (count, cell) == ("2", "+1.00; +0.90")
+    assert "Commits: ccccccc." in text
     assert "scarce: 14 of 25 runs" in text
     assert "missing: scarce/kd/2" in text
     assert "(curves.png)" in text
@@ -120,6 +122,7 @@ def test_the_ablation_is_compared_with_the_same_seeds_of_the_whole(plan):
     assert (cells[0], cells[3]) == ("5", f"**-2.20 [{-2.2 - half:+.2f}, {-2.2 + half:+.2f}]**")
     assert row(text, "GenSCL, mixup-cutmix, empty anchors ignore")[3] == "the same weights, bit for bit"
     assert row(text, "GenSCL, mixup-cutmix, smoothing 0.1")[3] == "+0.00 [+0.00, +0.00]"
+    assert "Better by 2 points or more in every seed, for both judges: nothing." in text
     assert "The queue of 1,024 beside that of one: +0.00 [+0.00, +0.00] (linear probe)" in text
 
 
@@ -127,9 +130,34 @@ def test_the_choice_names_what_was_chosen(plan):
     for run in plan.stage("choose"):
         write(plan, run, {0.002: 50, 0.001: 52, 0.004: 51}[dict(run.options)["lr"]], 50, [1.0])
     text = report_training.Report(plan).text()
-    assert row(text, "SupCon, lr 0.001 (chosen)")[0] == "52.00"
+    assert row(text, "SupCon, lr 0.001 (chosen, the lowest tried)")[0] == "52.00"
+    for run in plan.stage("choose"):
+        write(plan, run, {0.002: 52, 0.001: 50, 0.004: 51}[dict(run.options)["lr"]], 50, [1.0])
+    assert "| SupCon, lr 0.002 (chosen) |" in (text := report_training.Report(plan).text())
     assert text.count("(chosen)") == 5
-    assert plan.settings(plan.stage("few")[0])["lr"] == 0.001
+    assert plan.settings(plan.stage("few")[0])["lr"] == 0.002
+
+
+def test_a_default_is_poor_if_another_value_is_better_in_both_seeds_and_for_both_judges(plan):
+    gains = {  # of each seed: probe, kNN
+        (("temperature", 0.2),): ((2.0, 2.5), (3.0, 2.0)),
+        (("temperature", 0.5),): ((9.0, 9.0), (9.0, 1.9)),
+        (("projection", 32),): ((2.0, 2.5),),  # one seed only so far
+    }
+    for run in plan.stage("sweep"):
+        if run.method == "kd" and run.seed - 200 < len(of_seeds := gains.get(run.options, ((0, 0), (0, 0)))):
+            linear, knn = of_seeds[run.seed - 200]
+            write(plan, run, 50 + linear, 50 + knn, [1.0])
+    text = report_training.Report(plan).text()
+    poor = "GenSCL, mixup-cutmix + KD, temperature 0.2"
+    assert f"Better by 2 points or more in every seed, for both judges: {poor}." in text
+    assert row(text, poor)[3:] == ["+2.00; +3.00", "+2.50; +2.00"]
+
+
+def test_the_last_fifth_begins_before_four_fifths():
+    knn = [[epoch, float(epoch)] for epoch in range(25, 400, 25)]
+    run = {"config": {"epochs": 375}, "knn": knn, "results": {"knn": [375.0, 100.0]}}
+    assert report_training.last_fifth(run) == 100  # from 275: 300 is at four fifths, not before
 
 
 def test_a_stage_of_your_own_is_reported_like_the_others(tmp_path):
@@ -146,7 +174,7 @@ def test_a_stage_of_your_own_is_reported_like_the_others(tmp_path):
     text = (plan.results / "report.md").read_text(encoding="utf-8")
     assert "## 25 images of each class" in text
     assert row(text, "GenSCL, mixup-cutmix, mix alpha 0.2")[:2] == ["2", "50.50 ± 0.71"]
-    assert row(text, "GenSCL, mixup-cutmix − SupCon (hypothesis)")[:2] == ["2", "**+2.00 [+2.00, +2.00]**"]
+    assert row(text, "GenSCL, mixup-cutmix − SupCon (hypothesis)")[:2] == ["2", "+2.00; +2.00"]
     assert "KD" not in text
     assert (plan.results / "images.png").exists()
 
@@ -171,3 +199,6 @@ def test_the_committed_report_is_that_of_the_committed_runs():
             assert result["run"] == run.name
             settings = {name: value for name, value in plan.settings(run).items() if name != "device"}
             assert {name: result["config"][name] for name in settings} == settings
+            if (teacher := plan.teacher(run)) is not None:
+                expected = {"run": teacher.name, "weights": plan.result(teacher)["weights"]}
+                assert result["teacher"] == expected
