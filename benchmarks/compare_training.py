@@ -222,13 +222,17 @@ def say(text: str) -> None:
 
 
 # ------------------------------------------------------------------ the command
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder or tar of images, as of the trainer")
     parser.add_argument("--plan", type=Path, default=PLAN, help="(default: benchmarks/training/plan.json)")
     parser.add_argument("--results", type=Path, help="folder of what is kept (default: benchmarks/results/NAME)")
     local = BENCHMARKS / "results" / "local" / "training"
     parser.add_argument("--local", type=Path, default=local, help="folder of checkpoints")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_places(parser)
     parser.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument("--nice", type=int, default=19, help="of the priority, 19 is the lowest (default: %(default)s)")
     parser.add_argument("--commit", help="of the source, where it is not in a git repository")

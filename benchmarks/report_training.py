@@ -170,7 +170,29 @@ class Report:
         slow = [title for variant, title in titles.items() if self.gain(results[variant]) >= LONG_ENOUGH]
         if slow:
             parts.append(f"Not at its end: {', '.join(slow)} gained a point of kNN or more in the last fifth.\n")
-        return "\n".join(parts)
+        return "\n".join([*parts, *self.other_decays(stage)])
+
+    def other_decays(self, stage: str) -> list[str]:
+        """What `probe_decay.py` found: accuracies, and the hypotheses' differences, with other weight decays."""
+        file = self.plan.results / "probe_decay.json"
+        if not file.exists():
+            return []
+        probes, rows = json.loads(file.read_text(encoding="utf-8")), []
+        runs = [run for run in self.plan.stage(stage) if run.name in probes["runs"]]
+        for number, decay in enumerate(probes["decays"]):
+            judged: dict[str, Results] = {}
+            for run in runs:
+                linear = probes["runs"][run.name][number]
+                judged.setdefault(run.variant, {})[run.seed] = {"results": {"linear": [linear]}}
+            means = [mean_and_spread([accuracy(run, "linear") for run in of.values()]) for of in judged.values()]
+            pairs = [difference(judged.get(one, {}), judged.get(other, {}), "linear") for one, other in HYPOTHESES]
+            rows.append([f"{decay:g}", *means, *pairs])
+        heads = ["weight decay", *(self.variants(stage)[name] for name in dict.fromkeys(run.variant for run in runs))]
+        heads += [f"{self.titles[one]} − {self.titles[other]}" for one, other in HYPOTHESES]
+        words = (
+            "The linear probe with other weight decays, after the fact; the first one is that of the tables above:\n"
+        )
+        return [words, table(heads, rows)] if runs else []
 
     def gain(self, results: Results) -> float:
         return statistics.mean(last_fifth(run) for run in results.values()) if results else 0.0

@@ -38,6 +38,7 @@ LAST = {
     "bench_sets",
     "bench_train",
     "compare_training",
+    "probe_decay",
 }  # imports the trainer too, or only `report`
 
 

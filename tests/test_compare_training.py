@@ -166,6 +166,22 @@ def test_again_is_the_same_to_the_last_bit(finished, data):
     (finished / "results" / f"{KD}.again.json").unlink()
 
 
+@pytest.mark.exhaustive
+def test_the_probe_with_other_decays_begins_with_that_of_the_runs(finished, data, capsys):
+    import probe_decay
+
+    places = ["--results", str(finished / "results"), "--local", str(finished / "local")]
+    arguments = ["--data", str(data), "--plan", str(finished / "plan.json"), *places]
+    assert probe_decay.main(arguments) == 0
+    assert "another machine" not in capsys.readouterr().out
+    found = json.loads((finished / "results" / "probe_decay.json").read_text())
+    assert list(found["runs"]) == ["few/ce_mix/0", "few/mix/0", KD]
+    for name, judged in found["runs"].items():
+        assert judged[0] == pytest.approx(record(finished, name)["results"]["linear"][0], abs=0.01)
+        assert len(judged) == len(probe_decay.DECAYS)
+    (finished / "results" / "probe_decay.json").unlink()
+
+
 def strip(one: dict) -> dict:
     return {name: value for name, value in one.items() if name != "seconds"}
 

@@ -138,6 +138,19 @@ def test_the_choice_names_what_was_chosen(plan):
     assert plan.settings(plan.stage("few")[0])["lr"] == 0.002
 
 
+def test_other_decays_of_the_probe_are_a_table_of_their_own(plan):
+    gains = {"supcon": 0.0, "mix": 1.0, "kd": 3.0}
+    runs = [run for run in plan.stage("scarce") if run.method in gains]
+    for run in runs:
+        write(plan, run, 50 + gains[run.method], 50, [1.0])
+    probes = {run.name: [50 + gains[run.method], 60 + 2 * gains[run.method] + run.seed] for run in runs}
+    (plan.results / "probe_decay.json").write_text(json.dumps({"decays": [1e-4, 0.01], "runs": probes}))
+    text = report_training.Report(plan).text()
+    differences = ["**+2.00 [+2.00, +2.00]**", "**+4.00 [+4.00, +4.00]**"]
+    assert row(text, "0.01") == ["64.00 ± 1.58", "62.00 ± 1.58", "68.00 ± 1.58", *differences]
+    assert "| weight decay | GenSCL, mixup-cutmix | SupCon | GenSCL, mixup-cutmix + KD |" in text
+
+
 def test_a_default_is_poor_if_another_value_is_better_in_both_seeds_and_for_both_judges(plan):
     gains = {  # of each seed: probe, kNN
         (("temperature", 0.2),): ((2.0, 2.5), (3.0, 2.0)),
