@@ -94,26 +94,31 @@ class Runner:
             found.append(run if teacher is None or self.has_weights(teacher) else teacher)
         return [run for run in dict.fromkeys(found) if run not in self.failed]
 
-    def train(self, run: Run, held: int, folder: Path) -> bool:
-        """Whether the training came to its end, which it does with the source it began with."""
+    def train(self, run: Run, held: int, folder: Path, any_teacher: bool = False) -> bool:
+        """Whether the training came to its end, which it does with the source, and the teacher, that it should have."""
         begun_by, commit = folder / "commit", str(self.facts["commit"])
         if (folder / "last.pt").exists() and begun_by.exists() and begun_by.read_text() != commit:
-            say(
-                f"{run.name}: begun by commit {begun_by.read_text()}, not {commit}: go on with that, or delete {folder}"
+            return self.fail(
+                run, f"begun by commit {begun_by.read_text()}, not {commit}: take that, or delete {folder}"
             )
-            self.failed.add(run)
-            return False
         begun_by.write_text(commit)
         command = [sys.executable, str(TRAINER), "--data", str(self.data), "--out", str(folder), "--resume"]
         command += arguments_of(self.plan.settings(run))
         if (teacher := self.plan.teacher(run)) is not None:
             command += ["--teacher", str(self.folder(teacher) / "last.pt")]
+            known = self.plan.result(teacher)
+            if known is not None and not any_teacher and known["weights"] != digest(self.weights(teacher)):
+                return self.fail(run, f"its teacher, {teacher.name}, came out otherwise here than its file says")
         with (folder / "log.txt").open("a") as log:
             code = subprocess.run(command, stdout=log, stderr=log, pass_fds=[held], env=environment()).returncode
         if code:
-            say(f"{run.name}: failed with code {code}, see {folder / 'log.txt'}")
-            self.failed.add(run)
-        return code == 0
+            return self.fail(run, f"failed with code {code}, see {folder / 'log.txt'}")
+        return True
+
+    def fail(self, run: Run, why: str) -> bool:
+        say(f"{run.name}: {why}")
+        self.failed.add(run)
+        return False
 
     def record(self, run: Run, folder: Path) -> dict[str, Any]:
         """What is kept of a finished run."""
@@ -165,7 +170,8 @@ class Runner:
         if teacher is not None and not self.has_weights(teacher):
             self.do(teacher)
         with lock(folder) as held:
-            if held is None or not self.train(run, held, folder):
+            # On another machine the teacher is another one, too: that is said below.
+            if held is None or not self.train(run, held, folder, any_teacher=True):
                 return False
             record = self.record(run, folder)
             (folder / "last.pt").unlink()  # the next time, too, begins at the beginning
@@ -176,10 +182,7 @@ class Runner:
 
     def keep(self, run: Run, record: dict[str, Any]) -> None:
         if (before := self.plan.result(run)) is not None:  # a teacher whose weights were gone
-            if changed := differing(before, record):  # no student is taught by another one than its file names
-                (self.folder(run) / "last.pt").unlink()
-                self.failed.add(run)
-            return say(f"{run.name}: again, {verdict(changed)}")
+            return say(f"{run.name}: again, {verdict(differing(before, record))}")
         write(self.plan.file(run), record)
         judged = ", ".join(f"{judge} {first:.2f}" for judge, (first, _) in record["results"].items())
         say(f"{run.name}: {judged} ({record['seconds'] / 60:.1f} minutes)")

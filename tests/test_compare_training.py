@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "compare_training.py"
@@ -238,21 +240,25 @@ def test_a_run_does_not_go_on_with_another_commit(tmp_path, capsys):
     assert run not in runner.possible()
 
 
-def test_no_student_is_taught_by_a_teacher_that_came_out_otherwise(tmp_path, capsys):
+def test_no_student_is_taught_by_a_teacher_that_came_out_otherwise(tmp_path, capsys, monkeypatch):
     plan = training_plan.Plan(results=tmp_path / "results")
-    teacher = plan.stage("choose")[0]
-    record = {"config": {}, "teacher": None, "results": {"linear": [1.0, 2.0]}, "knn": [], "losses": [], "weights": "a"}
-    compare.write(plan.file(teacher), record)
+    (student,) = plan.stage("few")[3:4]
+    teacher = plan.teacher(student)
     runner = compare.Runner(plan, tmp_path, tmp_path / "local", "commit")
-    runner.folder(teacher).mkdir(parents=True)
-    for name in ("last.pt", "results.json"):
-        (runner.folder(teacher) / name).touch()
-    runner.keep(teacher, record)
-    assert runner.has_weights(teacher)
-    runner.keep(teacher, record | {"weights": "b"})
-    assert not runner.has_weights(teacher)
-    assert teacher not in runner.possible()
-    assert "NOT the same: weights" in capsys.readouterr().out
+    for run in (teacher, student):
+        runner.folder(run).mkdir(parents=True)
+    weights = {"layer": torch.arange(3.0)}
+    torch.save({"model": weights}, runner.folder(teacher) / "last.pt")
+    trained = []
+    monkeypatch.setattr(plan, "settings", lambda run: {})
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: trained.append(1) or SimpleNamespace(returncode=0))
+    for file_has, expected in ((weights, True), ({"layer": torch.ones(3)}, False)):
+        compare.write(plan.file(teacher), {"weights": compare.digest(file_has)})
+        assert runner.train(student, 0, runner.folder(student)) == expected
+    assert len(trained) == 1
+    assert "its teacher, few/ce_mix/0, came out otherwise here" in capsys.readouterr().out
+    assert student in runner.failed
+    assert runner.train(student, 0, runner.folder(student), any_teacher=True)
 
 
 def test_a_run_belongs_to_one_process_and_to_nobody_when_that_is_dead(tmp_path):
