@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     plan = Plan(options.plan, options.results)
     if options.list:
-        print(plan.missing())
+        print(plan.missing(options.only))
         return 0
     if options.data is None:
         parser.error("--data is missing: a folder or tar of images")
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         for worker in [pool.submit(runner.work) for _ in range(options.jobs)]:
             worker.result()
-    print(plan.missing())
+    print(plan.missing(options.only))
     return 1 if runner.failed else 0
 
 

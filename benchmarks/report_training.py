@@ -157,7 +157,7 @@ class Report:
         for variant, title in titles.items():
             runs = results[variant].values()
             judged = [mean_and_spread([accuracy(run, judge) for run in runs]) for judge in JUDGES]
-            gained = [last_fifth(run) for run in runs]
+            gained = [gain for run in runs if not math.isnan(gain := last_fifth(run))]
             rows.append([title, str(len(runs)), *judged, f"{statistics.mean(gained):+.2f}" if gained else "–"])
         parts = [table(["", "seeds", *JUDGES.values(), "kNN gained in the last fifth"], rows)]
         rows = []
@@ -195,7 +195,7 @@ class Report:
         return [words, table(heads, rows)] if runs else []
 
     def gain(self, results: Results) -> float:
-        return statistics.mean(last_fifth(run) for run in results.values()) if results else 0.0
+        return statistics.mean(map(last_fifth, results.values())) if results else math.nan
 
     def choice(self, stage: str) -> str:
         rows, titles = [], self.variants(stage)

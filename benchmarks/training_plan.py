@@ -79,11 +79,11 @@ class Plan:
     def is_done(self, run: Run) -> bool:
         return self.file(run).exists()
 
-    def missing(self) -> str:
-        """How many runs of each stage are done, and which are not."""
-        lines = []
-        for stage in self.content["stages"]:
-            runs = self.stage(stage)
+    def missing(self, only: str | None = None) -> str:
+        """How many runs of each stage are done, and which are not; of those that `with_needs` names."""
+        wanted, lines = self.with_needs(only), []
+        for stage in dict.fromkeys(run.stage for run in wanted):
+            runs = [run for run in wanted if run.stage == stage]
             missing = [run.name for run in runs if not self.is_done(run)]
             lines += [f"{stage}: {len(runs) - len(missing)} of {len(runs)} runs", *(f"  missing: {n}" for n in missing)]
         return "\n".join(lines)

@@ -134,6 +134,7 @@ def test_only_some_runs_and_what_they_need(tmp_path):
         f"scarce/ce/{seed}" for seed in range(5)
     ]
     assert plan.with_needs("few/nothing") == []
+    assert plan.missing("scarce/ce/2").splitlines()[-2:] == ["scarce: 0 of 1 runs", "  missing: scarce/ce/2"]
     assert plan.with_needs(None) == plan.runs()
 
 

@@ -170,6 +170,7 @@ def test_a_default_is_poor_if_another_value_is_better_in_both_seeds_and_for_both
 def test_the_last_fifth_begins_before_four_fifths():
     knn = [[epoch, float(epoch)] for epoch in range(25, 400, 25)]
     run = {"config": {"epochs": 375}, "knn": knn, "results": {"knn": [375.0, 100.0]}}
+    assert math.isnan(report_training.last_fifth(run | {"knn": knn[-1:]}))
     assert report_training.last_fifth(run) == 100  # from 275: 300 is at four fifths, not before
 
 
