@@ -179,15 +179,16 @@ class Report:
             return []
         probes, rows = json.loads(file.read_text(encoding="utf-8")), []
         runs = [run for run in self.plan.stage(stage) if run.name in probes["runs"]]
+        titles = {name: title for name, title in self.variants(stage).items() if any(r.variant == name for r in runs)}
         for number, decay in enumerate(probes["decays"]):
-            judged: dict[str, Results] = {}
+            judged: dict[str, Results] = {name: {} for name in titles}
             for run in runs:
                 linear = probes["runs"][run.name][number]
-                judged.setdefault(run.variant, {})[run.seed] = {"results": {"linear": [linear]}}
+                judged[run.variant][run.seed] = {"results": {"linear": [linear]}}
             means = [mean_and_spread([accuracy(run, "linear") for run in of.values()]) for of in judged.values()]
             pairs = [difference(judged.get(one, {}), judged.get(other, {}), "linear") for one, other in HYPOTHESES]
             rows.append([f"{decay:g}", *means, *pairs])
-        heads = ["weight decay", *(self.variants(stage)[name] for name in dict.fromkeys(run.variant for run in runs))]
+        heads = ["weight decay", *titles.values()]
         heads += [f"{self.titles[one]} − {self.titles[other]}" for one, other in HYPOTHESES]
         words = (
             "The linear probe with other weight decays, after the fact; the first one is that of the tables above:\n"
