@@ -244,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", metavar="RUN", help="do a finished run once more and compare, and end")
     options = parser.parse_args(argv)
     plan = Plan(options.plan, options.results)
+    if not plan.with_needs(options.only):
+        parser.error(f"--only {options.only} is not in the plan; --list shows its runs")
     if options.list:
         print(plan.missing(options.only))
         return 0
@@ -251,8 +253,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--data is missing: a folder or tar of images")
     os.nice(options.nice)
     runner = Runner(plan, options.data.resolve(), options.local.resolve(), options.commit, options.only)
-    if not runner.wanted:
-        parser.error(f"--only {options.only} is not in the plan; --list shows its runs")
     if options.again:
         run = next((run for run in plan.runs() if run.name == options.again), None)
         if run is None:

@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         found["runs"][run.name] = judged = probe(runner, run, result)
         say(f"{run.name}: {', '.join(f'{value:.2f}' for value in judged)}")
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not found["runs"]:
+        parser.exit(1, f"{runner.local} holds no checkpoint of a finished run of a comparison\n")
     return 0
 
 

@@ -266,7 +266,10 @@ def draw_curves(report: Report, path: Path) -> None:
             values = list(zip(*([value for _, value in run["knn"]] for run in runs), strict=True))
             means = [statistics.mean(column) for column in values]
             spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
-            (line,) = axis.plot(epochs, means, label=f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+            marker = "o" if len(epochs) == 1 else ""
+            (line,) = axis.plot(
+                epochs, means, marker=marker, label=f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+            )
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         title = report.plan.content["stages"][stage]["title"] + ("" if report.is_complete(stage) else " (preliminary)")
@@ -293,7 +296,8 @@ def draw_images(report: Report, path: Path) -> None:
     label = "linear probe, test accuracy in %" + ("" if all(map(report.is_complete, stages)) else " (preliminary)")
     counts = {report.plan.content["stages"][stage]["options"].get("per_class") for stage in stages} - {None}
     axis.set_xscale("log"), axis.set_xticks(sorted(counts), map(str, sorted(counts))), axis.minorticks_off()
-    axis.set(xlabel="training images of each class", ylabel=label), axis.grid(alpha=0.3)
+    title = "mean ± standard deviation, side by side"
+    axis.set(title=title, xlabel="training images of each class", ylabel=label), axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
