@@ -1,6 +1,6 @@
 """Tables and figures of a registered comparison of trainings, from whatever runs are there; what is missing is said.
 
-    python benchmarks/report_training.py    # benchmarks/results/NAME of the plan: report.md, curves.png, images.png
+    python benchmarks/report_training.py    # benchmarks/results/NAME of the plan: report.md and figures
     python benchmarks/report_training.py --plan MINE.json
 
 Methods are compared seed by seed: the mean of the differences, and a 95 % interval from Student's t. What is not
@@ -104,10 +104,7 @@ class Report:
         """The whole report in Markdown."""
         stages = self.plan.content["stages"]
         parts = ["# A registered comparison of trainings\n", self.conditions()]
-        if self.has_curves():
-            parts.append(
-                "![kNN against epochs](curves.png)\n\n![Linear probe against images of each class](images.png)\n"
-            )
+        parts += ["![Linear probe against images of each class](images.png)\n"] if self.compared() else []
         for stage, variants in self.results.items():
             if any(variants.values()):
                 parts.append(f"## {stages[stage]['title']}\n")
@@ -115,8 +112,9 @@ class Report:
                 parts.append(self.section(stage))
         return "\n".join([*parts, "## Runs\n", *self.repeated(), f"```text\n{self.plan.missing()}\n```\n"])
 
-    def has_curves(self) -> bool:
-        return any(results for stage in self.comparisons for results in self.results[stage].values())
+    def compared(self) -> list[str]:
+        """The comparisons of which there are runs."""
+        return [stage for stage in self.comparisons if any(self.results[stage].values())]
 
     def repeated(self) -> list[str]:
         """What came out of runs that were done once more."""
@@ -159,7 +157,8 @@ class Report:
             judged = [mean_and_spread([accuracy(run, judge) for run in runs]) for judge in JUDGES]
             gained = [gain for run in runs if not math.isnan(gain := last_fifth(run))]
             rows.append([title, str(len(runs)), *judged, f"{statistics.mean(gained):+.2f}" if gained else "–"])
-        parts = [table(["", "seeds", *JUDGES.values(), "kNN gained in the last fifth"], rows)]
+        heads = ["", "seeds", *JUDGES.values(), "kNN gained in the last fifth"]
+        parts = [f"![kNN against epochs](curves-{stage}.png)\n", table(heads, rows)]
         rows = []
         for pairs, mark in ((HYPOTHESES, " (hypothesis)" if stage == self.comparisons[0] else ""), (OTHERS, "")):
             for one, other in (pair for pair in pairs if results.keys() >= set(pair)):
@@ -254,34 +253,30 @@ def options_of(run: Run) -> str:
 
 
 # ------------------------------------------------------------------ figures
-def draw_curves(report: Report, path: Path) -> None:
+def draw_curves(report: Report, stage: str, path: Path) -> None:
     """kNN against epochs: mean over seeds, and a band of one standard deviation."""
-    stages = [stage for stage in report.comparisons if any(report.results[stage].values())]
-    figure = Figure(figsize=(6.5 * len(stages), 4), layout="constrained")
-    for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        for variant, title in report.variants(stage).items():
-            if not (runs := report.of(stage, variant).values()):
-                continue
-            epochs = [epoch for epoch, _ in next(iter(runs))["knn"]]
-            values = list(zip(*([value for _, value in run["knn"]] for run in runs), strict=True))
-            means = [statistics.mean(column) for column in values]
-            spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
-            marker = "o" if len(epochs) == 1 else ""
-            (line,) = axis.plot(
-                epochs, means, marker=marker, label=f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-            )
-            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-            axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        title = report.plan.content["stages"][stage]["title"] + ("" if report.is_complete(stage) else " (preliminary)")
-        axis.set(title=title, xlabel="epoch", ylabel="kNN, test accuracy in %"), axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+    axis = (figure := Figure(figsize=(6.5, 4), layout="constrained")).subplots()
+    for variant, title in report.variants(stage).items():
+        if not (runs := report.of(stage, variant).values()):
+            continue
+        epochs = [epoch for epoch, _ in next(iter(runs))["knn"]]
+        values = list(zip(*([value for _, value in run["knn"]] for run in runs), strict=True))
+        means = [statistics.mean(column) for column in values]
+        spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
+        label = f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+        (line,) = axis.plot(epochs, means, marker="o" if len(epochs) == 1 else "", label=label)
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    title = report.plan.content["stages"][stage]["title"] + ("" if report.is_complete(stage) else " (preliminary)")
+    axis.set(title=title, xlabel="epoch", ylabel="kNN, test accuracy in %"), axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
 
 def draw_images(report: Report, path: Path) -> None:
     """The linear probe against the number of images of each class."""
     axis = (figure := Figure(figsize=(5.5, 4), layout="constrained")).subplots()
-    stages = [stage for stage in report.comparisons if any(report.results[stage].values())]
+    stages = report.compared()
     for number, (method, title) in enumerate(report.titles.items()):
         points = []
         for stage in stages:
@@ -318,8 +313,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{plan.results} holds no finished run yet: nothing is written")
         return 0
     (plan.results / "report.md").write_text(text, encoding="utf-8")
-    if report.has_curves():
-        draw_curves(report, plan.results / "curves.png")
+    for stage in report.compared():
+        draw_curves(report, stage, plan.results / f"curves-{stage}.png")
+    if report.compared():
         draw_images(report, plan.results / "images.png")
     return 0
 

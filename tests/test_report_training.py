@@ -94,9 +94,10 @@ def test_what_is_there_is_compared_and_what_is_missing_said(plan, tmp_path, caps
     assert "Commits: ccccccc." in text
     assert "scarce: 14 of 25 runs" in text
     assert "missing: scarce/kd/2" in text
-    assert "(curves.png)" in text
+    assert "(curves-scarce.png)" in text
     assert "250 images per class" not in text
-    for name in ("curves.png", "images.png"):
+    assert not (tmp_path / "curves-few.png").exists()
+    for name in ("curves-scarce.png", "images.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -191,6 +192,7 @@ def test_a_stage_of_your_own_is_reported_like_the_others(tmp_path):
     assert row(text, "GenSCL, mixup-cutmix − SupCon (hypothesis)")[:2] == ["2", "+2.00; +2.00"]
     assert "KD" not in text
     assert (plan.results / "images.png").exists()
+    assert (plan.results / "curves-mine.png").exists()
 
 
 @pytest.mark.parametrize(("equal", "said"), [(True, "the same to the last bit"), (False, "**not the same**")])
