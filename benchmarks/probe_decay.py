@@ -20,7 +20,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # as in the runs: the first decay has to give their accuracies
 
 import torch
-from compare_training import Runner, add_places, say
+from compare_training import Runner, add_places, digest, say, write
 from training_plan import BENCHMARKS, Plan, Run
 
 sys.path.insert(0, str(BENCHMARKS.parent / "examples"))
@@ -45,9 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         result = plan.result(run)
         if result is None or run.name in found["runs"] or not runner.has_weights(run):
             continue
+        if digest(runner.weights(run)) != result["weights"]:
+            say(f"{run.name}: left out, the weights in {runner.folder(run)} are not those of its file")
+            continue
         found["runs"][run.name] = judged = probe(runner, run, result)
         say(f"{run.name}: {', '.join(f'{value:.2f}' for value in judged)}")
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(file, found)
     if not found["runs"]:
         parser.exit(1, f"{runner.local} holds no checkpoint of a finished run of a comparison\n")
     return 0

@@ -61,14 +61,16 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of the tree that holds this file, with "+" if it was changed since."""
+    """The commit of the tree that holds this file, with "+" if anything but results was changed since."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        source = (":/", ":(top,exclude)benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *source)
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -49,7 +49,7 @@ class Plan:
         return [run for name in self.content["stages"] for run in self.stage(name)]
 
     def kind(self, stage: str) -> str:
-        """ "choice", "changes" or "comparison"."""
+        """What a stage is: "choice", "changes" or "comparison"."""
         stages = self.content["stages"]
         if "compared_with" in stages[stage]:
             return "changes"

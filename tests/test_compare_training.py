@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_again_is_the_same_to_the_last_bit(finished, data):
 
 
 @pytest.mark.exhaustive
-def test_the_probe_with_other_decays_begins_with_that_of_the_runs(finished, data, capsys):
+def test_the_probe_with_other_decays_begins_with_that_of_the_runs(finished, data, tmp_path, capsys):
     import probe_decay
 
     places = ["--results", str(finished / "results"), "--local", str(finished / "local")]
@@ -183,6 +184,15 @@ def test_the_probe_with_other_decays_begins_with_that_of_the_runs(finished, data
         assert judged[0] == pytest.approx(record(finished, name)["results"]["linear"][0], abs=0.01)
         assert len(judged) == len(probe_decay.DECAYS)
     (finished / "results" / "probe_decay.json").unlink()
+    # Weights of another run are not probed in its name.
+    shutil.copytree(finished, tmp_path / "copy")
+    weights = [tmp_path / "copy" / "local" / "few" / name / "0" / "last.pt" for name in ("mix", "ce_mix")]
+    shutil.copy(*weights)
+    places = [str(path).replace(str(finished), str(tmp_path / "copy")) for path in arguments]
+    assert probe_decay.main(places) == 0
+    assert "few/ce_mix/0: left out" in capsys.readouterr().out
+    found = json.loads((tmp_path / "copy" / "results" / "probe_decay.json").read_text())
+    assert list(found["runs"]) == ["few/mix/0", KD]
 
 
 def strip(one: dict) -> dict:
@@ -239,6 +249,25 @@ def test_a_run_does_not_go_on_with_another_commit(tmp_path, capsys):
     assert not runner.train(run, 0, folder)
     assert "begun by commit old, not new" in capsys.readouterr().out
     assert run not in runner.possible()
+
+
+def test_a_report_that_was_written_anew_does_not_make_another_commit(tmp_path, monkeypatch):
+    import report
+
+    source, kept = tmp_path / "benchmarks" / "report.py", tmp_path / "benchmarks" / "results" / "report.md"
+    kept.parent.mkdir(parents=True)
+    for path in (source, kept):
+        path.write_text("before")
+    who = ["-c", "user.name=someone", "-c", "user.email=some@where"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "begin"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(report, "__file__", str(source))
+    commit = report.git_commit()
+    assert len(commit) == 40
+    kept.write_text("after")
+    assert report.git_commit() == commit
+    source.write_text("after")
+    assert report.git_commit() == commit + "+"
 
 
 def test_no_student_is_taught_by_a_teacher_that_came_out_otherwise(tmp_path, capsys, monkeypatch):
