@@ -85,7 +85,7 @@ CHIPS = {
 TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 PREFETCHING = (90,)  # whose lines have to
 FAST_FLOAT64 = (80, 90, 100)
-FLOAT64_TENSOR_CORES = (80, 90)  # that Triton uses: on sm_100 it multiplies float64 without them
+FLOAT64_TENSOR_CORES = (80, 90)  # that every Triton uses: on sm_100 it does from 3.9 on
 L2_BYTES = 32  # per cycle and multiprocessor: an assumption
 
 

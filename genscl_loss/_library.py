@@ -46,6 +46,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+# Of every launch of a Triton kernel. Fused multiply-adds are asked for by name: Triton 3.9 warns that 3.10 will make
+# none unasked.
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+
+
 def define_operator(
     name: str,
     signature: str,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genscl_loss._backends import fused as pairs
-from genscl_loss._library import on_device
+from genscl_loss._library import LAUNCH, on_device
 from genscl_loss._positives import fused as positives
 from genscl_loss._positives.fused import Side
 
@@ -62,7 +62,7 @@ def losses(
         sums, loss, mass, alignment = (parts.new_empty(k, n) for k in (2, count, count, count))
         _kernels().losses[-(-n // _BLOCK),](
             parts, aligned, pairs.argument(scale), sums, loss, mass, alignment, n, len(parts),
-            count, _BLOCK, not pairs.is_known(scale), weight is not None, is_probability,
+            count, _BLOCK, not pairs.is_known(scale), weight is not None, is_probability, **LAUNCH,
         )  # fmt: skip
     return loss, mass, alignment, sums, rows, rows.new_empty(0) if cols is None else cols, factors
 
@@ -87,8 +87,9 @@ def losses_grad(
         sides = _sides(anchors, contrasts, all_labels, factors)
         upstream = mass.new_empty(count + 1, n)
         _kernels().losses_grad[-(-n // _BLOCK),](
-            grad, mass, pairs.argument(scale), upstream, n, *grad.stride(), count, _BLOCK, not pairs.is_known(scale)
-        )
+            grad, mass, pairs.argument(scale), upstream, n, *grad.stride(), count, _BLOCK, not pairs.is_known(scale),
+            **LAUNCH,
+        )  # fmt: skip
         largest = torch.linalg.vector_norm(upstream, torch.inf, dim=1)
         parts = pairs.grad_parts(
             upstream[count], largest[count], sums, rows, None if contrasts is None else cols, scale, weight,

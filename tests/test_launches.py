@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -159,3 +161,16 @@ def test_a_step_of_the_kernels_is_twenty_launches(labels, d, monkeypatch):
     skip_without("triton")
     monkeypatch.setattr(fused, "_multiprocessors", lambda device: 132)
     assert sum(count(labels, "triton", inside=True, n=300, d=d)) <= 20
+
+
+def test_every_launch_asks_for_fused_multiply_adds():
+    """By name: what a release of Triton does unasked changes."""
+    root, asking, silent = Path(fused.__file__).parents[1], set(), set()
+    for path in root.rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Subscript) and ast.unparse(call.func.value).startswith("_kernels()."):
+                given = {ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None}
+                found = asking if given & {"LAUNCH", "_options(plan)"} else silent
+                found.add(ast.unparse(call.func.value).removeprefix("_kernels()."))
+    assert not silent
+    assert len(asking) == 18

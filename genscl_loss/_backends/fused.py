@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from genscl_loss._backends.plans import PAD, WIDE, Plan, backward_plan, chip, forward_plan, weights_plan, width
-from genscl_loss._library import on_device
+from genscl_loss._library import LAUNCH, on_device
 
 _MOST_SPLITS = 32  # of the columns, where rows alone would leave multiprocessors idle
 _MOST_PARTS = 2**23  # numbers that the splits of a gradient may hold until they are added up
@@ -78,7 +78,7 @@ def row_lse(
         if lse is not None:
             return lse, parts[0], rows, cols
         lse, sums = parts.new_empty(n), parts.new_empty(2, n)
-        _kernels().merge_lse[-(-n // _BLOCK),](parts, lse, sums, n, len(parts), _BLOCK)
+        _kernels().merge_lse[-(-n // _BLOCK),](parts, lse, sums, n, len(parts), _BLOCK, **LAUNCH)
     return lse, sums, rows, cols
 
 
@@ -200,7 +200,7 @@ def _split_rows(x: Tensor, precision: str, factor: Tensor | None = None) -> Tens
     block = min(features, 64)
     _kernels().split_rows[padded // 64, features // block](
         x, out, x if factor is None else factor, n, d, *x.stride(), padded * features,
-        64, block, features, terms, factor is not None,
+        64, block, features, terms, factor is not None, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -245,7 +245,7 @@ def _launch_lse(
 
 def _launch_weights(grad: Tensor, sums: Tensor, padded: int, largest: Tensor) -> Tensor:
     out = sums.new_empty(2, padded)
-    _kernels().gradient_weights[padded // _BLOCK,](grad, sums, largest, out, len(grad), padded, _BLOCK)
+    _kernels().gradient_weights[padded // _BLOCK,](grad, sums, largest, out, len(grad), padded, _BLOCK, **LAUNCH)
     return out
 
 
@@ -344,7 +344,9 @@ def _launch_grad_in_chunks(
             )  # fmt: skip
             if not is_first:
                 total += some
-    _kernels().rescale[-(-out.numel() // 1024),](out, argument(scale), largest, out.numel(), 1024, not is_known(scale))
+    _kernels().rescale[-(-out.numel() // 1024),](
+        out, argument(scale), largest, out.numel(), 1024, not is_known(scale), **LAUNCH
+    )
     return out
 
 
@@ -416,8 +418,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _options(plan: Plan) -> dict[str, Any]:
-    # Fused multiply-adds are asked for by name, since some releases of Triton warn about leaving it to them.
-    return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+    return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, **LAUNCH}
 
 
 def argument(scale: Tensor) -> Tensor | float:

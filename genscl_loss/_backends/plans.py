@@ -1,9 +1,9 @@
 """Tile shapes of the kernels, for each GPU generation, width of the rows and number of fp16 terms.
 
 A fixed table: nothing is tried out while a program runs, so a batch size never costs seconds when it is first seen, and
-the same inputs give the same bits everywhere on one generation. Each line compiles without spilling a register, and on
-sm_90 copies the next tile while it works on one; the tests compile all of them. No line was timed yet: `python
-benchmarks/tune.py` tries others out on a GPU.
+the same inputs give the same bits everywhere on one generation. Each line compiles without spilling a register, but for
+two of wide rows with Triton 3.9, and on sm_90 copies the next tile while it works on one; the tests compile all of
+them. No line was timed yet: `python benchmarks/tune.py` tries others out on a GPU.
 """
 
 from typing import NamedTuple

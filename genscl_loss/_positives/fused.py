@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from genscl_loss._library import has_fast_float64
+from genscl_loss._library import LAUNCH, has_fast_float64
 
 _MOST_SUMS = 2**23  # numbers of sums by class that may exist: 64 MB
 _MOST_PARTS = 2**21  # of sums that are still to be added up
@@ -87,7 +87,7 @@ def class_numbers(anchors: Tensor, contrasts: Tensor | None) -> tuple[Tensor, Te
 def label_factors(labels: Tensor, out: Tensor) -> None:
     """What makes label vectors of unit length, (n,) float64."""
     n, c = labels.shape
-    _kernels().inverse_lengths[-(-n // 32),](labels, out, n, c, 32, min(128, _power_of_two(c)))
+    _kernels().inverse_lengths[-(-n // 32),](labels, out, n, c, 32, min(128, _power_of_two(c)), **LAUNCH)
 
 
 def align(anchors: Side, contrasts: Side | None, self_offset: int | None, out: Tensor) -> None:
@@ -101,7 +101,7 @@ def align(anchors: Side, contrasts: Side | None, self_offset: int | None, out: T
         table, table_rows = _class_sums(anchors, contrasts, others, None, None)
         _kernels().align_classes[grid](
             *_rows(anchors), *_rows(others), anchors.labels, others.labels, table, out, n, *shared, table_rows, offset,
-            _BLOCK_M, _block_of(d), has_self, num_warps=8,
+            _BLOCK_M, _block_of(d), has_self, num_warps=8, **LAUNCH,
         )  # fmt: skip
         return
     blocks = _block_length(others, self_offset)
@@ -109,7 +109,7 @@ def align(anchors: Side, contrasts: Side | None, self_offset: int | None, out: T
     _kernels().align[grid](
         *_rows(anchors), *_rows(others), *_labels(anchors), *_labels(others), sums, out,
         n, *shared, anchors.num_classes, offset, blocks or n, _BLOCK_M, _block_of(d), 16,
-        has_self, blocks is not None, _wide(others), num_warps=4 if blocks is None else 8, maxnreg=248,
+        has_self, blocks is not None, _wide(others), num_warps=4 if blocks is None else 8, maxnreg=248, **LAUNCH,
     )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def _class_sums(
     block = min(128, _power_of_two(d))
     _kernels().class_sums[-(-n // 32), -(-d // block)](
         *_rows(over), over.labels, over.factor if u is None else u, over.factor if largest_u is None else largest_u,
-        table, n, d, table_rows, 32, block, plain, u is not None, num_warps=8,
+        table, n, d, table_rows, 32, block, plain, u is not None, num_warps=8, **LAUNCH,
     )  # fmt: skip
     return table, table_rows
 
@@ -218,11 +218,11 @@ def _label_sums(over: Side, u: Tensor | None, blocks: int | None, *, plain: bool
     parts = over.rows.new_empty(count, size, dtype=dtype)
     _kernels().label_sums[-(-c // 64), -(-d // block_d), count](
         *_rows(over), *_labels(over), over.factor if u is None else u, parts, n, d, c, each,
-        64, block_d, 16, plain, u is not None, wide, num_warps=8,
+        64, block_d, 16, plain, u is not None, wide, num_warps=8, **LAUNCH,
     )  # fmt: skip
     if blocks is not None and count > 1:
         others = torch.empty_like(parts)
-        _kernels().sums_of_others[-(-size // 256),](parts, others, count, size, 256)
+        _kernels().sums_of_others[-(-size // 256),](parts, others, count, size, 256, **LAUNCH)
         return others.view(-1)
     if blocks is not None:
         return parts.zero_().view(-1)
@@ -249,14 +249,14 @@ def _apply(
     out = parts.new_empty(n, d) if num_parts > 1 else parts[0]
     grid = (-(-n // _BLOCK_M),)
     offset, has_self = self_offset or 0, self_offset is not None
-    options: dict[str, Any] = {"LAST": is_last, "WITH_DOTS": dots is not None}
+    options = {"LAST": is_last, "WITH_DOTS": dots is not None}
     some_dots = u if dots is None else dots  # any tensor stands for what is not written
     block = _block_of(d)
     if rows.is_hard:
         _kernels().align_classes_grad[grid](
             parts, *_rows(rows), *_rows(others), rows.labels, others.labels, plain, weighted, u, u, largest_u, out,
             some_dots, num_parts, n, len(others.rows), d, size, offset, _BLOCK_M, block, *roles, has_self,
-            num_warps=4, **options,
+            num_warps=4, **options, **LAUNCH,
         )  # fmt: skip
         return out
     # Few rows where blocks are summed over too, and all registers, for without being asked the assembler saves some.
@@ -265,7 +265,7 @@ def _apply(
         parts, *_rows(rows), *_rows(others), *_labels(rows), *_labels(others), plain, weighted, u, u, out, some_dots,
         num_parts, n, len(others.rows), d, rows.num_classes, offset, blocks or n, size,
         block_m, block, 16, *roles, has_self, blocks is not None, _wide(others),
-        num_warps=8 if blocks is None else 4, maxnreg=248, **options,
+        num_warps=8 if blocks is None else 4, maxnreg=248, **options, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -305,7 +305,7 @@ def _power_of_two(number: int) -> int:
 def _first_of_class(anchors: Tensor, others: Tensor) -> Tensor:
     out = anchors.new_empty(len(others), dtype=torch.int64)
     _kernels().first_of_class[-(-len(others) // 32),](
-        anchors, others, out, len(anchors), len(others), others is anchors, 32, 128
+        anchors, others, out, len(anchors), len(others), others is anchors, 32, 128, **LAUNCH
     )  # fmt: skip
     return out
 
