@@ -90,7 +90,7 @@ def test_every_variant_is_compiled(rows):
 
 
 # Lines of the tables (kernel, GPU, features, terms) of which Triton 3.9 and the assembler in it spill a few registers;
-# by the report's model no other shape is better.
+# of the shapes that were tried none is better by the model of the report.
 SPILLED = {("row_lse_grad", 90, 512, 2), ("row_lse_grad", 100, 512, 1)} if TRITON >= (3, 9) else set()
 
 
