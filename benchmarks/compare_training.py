@@ -220,6 +220,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+def keep_to_avx2() -> None:
+    """Here and in the trainings: with AVX-512, torch and oneDNN would add in another order than without."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in old versions
+    if found.get("avx2"):
+        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
 def say(text: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
@@ -251,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.data is None:
         parser.error("--data is missing: a folder or tar of images")
+    keep_to_avx2()
     os.nice(options.nice)
     runner = Runner(plan, options.data.resolve(), options.local.resolve(), options.commit, options.only)
     if options.again:

@@ -94,6 +94,7 @@ def test_a_run_leaves_its_configuration_and_its_results(finished, data):
     assert one["commit"] == "none"
     assert one["versions"].keys() >= {"torch", "python", "kornia", "pillow"}
     assert one["machine"]["threads"] == 1
+    assert one["machine"]["cpu_capability"] != "AVX512"  # which adds in another order
     assert [epoch for epoch, _ in one["knn"]] == [1, 2, 3]
     assert len(one["losses"]) == 3
     assert one["results"].keys() == {"linear", "knn"}
@@ -124,6 +125,16 @@ def test_of_equals_the_first_is_chosen(tmp_path):
         plan.file(run).parent.mkdir(parents=True)
         plan.file(run).write_text(json.dumps({"results": {"linear": [linear, 100]}}))
     assert plan.chosen("supcon", "choose") == (("lr", 0.001),)
+
+
+def test_a_training_with_avx512_is_told_to_do_without(monkeypatch):
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+    for found, expected in (({"avx2": True, "avx512_f": True}, ["avx2", "AVX2"]), ({"arm_neon": True}, [None, None])):
+        monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        compare.keep_to_avx2()
+        told = compare.environment()
+        assert [told.get(name) for name in names] == expected
 
 
 def test_only_some_runs_and_what_they_need(tmp_path):
