@@ -231,12 +231,18 @@ def test_the_pages_have_the_numbers_of_the_committed_runs():
         "ce_mix": "cross-entropy, mixup-cutmix (the teacher)",
         "ce": "cross-entropy",
     }.items():
-        runs = report.of("scarce", method).values()
-        judged = [[report_training.accuracy(run, judge) for run in runs] for judge in report_training.JUDGES]
+        judged = [
+            [report_training.accuracy(run, judge) for run in report.of(stage, method).values()]
+            for stage in ("scarce", "few")
+            for judge in report_training.JUDGES
+        ]
         assert row(page, name) == [report_training.mean_and_spread(values) for values in judged], name
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     names = ["1. GenSCL with mixup-cutmix − SupCon", "2. the same with a teacher − without"]
     for name, (one, other) in zip(names, report_training.HYPOTHESES, strict=True):
-        runs = report.of("scarce", one), report.of("scarce", other)
-        cells = [report_training.difference(*runs, judge).strip("*") for judge in report_training.JUDGES]
+        cells = [
+            report_training.difference(report.of(stage, one), report.of(stage, other), judge).strip("*")
+            for stage in ("scarce", "few")
+            for judge in report_training.JUDGES
+        ]
         assert row(page, name) == cells
