@@ -219,6 +219,9 @@ class Report:
         """What one changed option does."""
         source, base = self.plan.content["stages"][stage]["compared_with"].split("/")
         base_results, rows, titles = self.of(source, base), [], self.variants(stage)
+        if source != stage and base_results:
+            cells = [mean_and_spread([accuracy(result, judge) for result in base_results.values()]) for judge in JUDGES]
+            rows.append([f"{self.variants(source)[base]}, unchanged", str(len(base_results)), *cells, "", ""])
         for variant, results in self.results[stage].items():
             run = next(run for run in self.plan.stage(stage) if run.variant == variant)
             if not run.options and variant != base:

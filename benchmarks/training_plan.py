@@ -35,9 +35,8 @@ class Plan:
 
     The file has "common" options of the trainer, "methods" (each with its "options", and its "teacher" if it has one)
     and "stages": "variants" (a method and the options that set it apart), "seeds", "options", and "settings_from", the
-    stage in which the options of each method are chosen. A variant may have "seeds" of its own. A stage with
-    "compared_with", a stage and a variant of it, changes one thing at a time; what settings do not come from and has no
-    such entry compares methods.
+    stage in which the options of each method are chosen. A stage with "compared_with", a stage and a variant of
+    it, changes one thing at a time; what settings do not come from and has no such entry compares methods.
     """
 
     def __init__(self, path: Path = PLAN, results: Path | None = None) -> None:
@@ -60,9 +59,8 @@ class Plan:
         runs = []
         for seed in stage["seeds"]:
             for variant in stage["variants"]:
-                options = tuple((k, v) for k, v in variant.items() if k not in ("method", "seeds"))
-                if seed in variant.get("seeds", stage["seeds"]):
-                    runs.append(Run(name, variant["method"], options, seed))
+                options = tuple((k, v) for k, v in variant.items() if k != "method")
+                runs.append(Run(name, variant["method"], options, seed))
         return runs
 
     def file(self, run: Run) -> Path:

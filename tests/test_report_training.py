@@ -115,10 +115,11 @@ def test_the_ablation_is_compared_with_the_same_seeds_of_the_whole(plan):
         if run.method == "mix":
             changed = {"hard_labels": -2.0 - 0.1 * run.seed, "queue_size": 0.5}
             gain = sum(changed.get(name, 0.0) for name, _ in run.options)
-            weights = "equal" if run.seed == 0 and run.options in ((), (("empty_anchors", "ignore"),)) else ""
+            weights = f"of {run.seed}" if run.options in ((), (("empty_anchors", "ignore"),)) else ""
             write(plan, run, 60 + run.seed + gain, 50, [1.0], weights)
     text = report_training.Report(plan).text()
     (half,) = [stats.t.ppf(0.975, 4) * np.std([0, 0.1, 0.2, 0.3, 0.4], ddof=1) / math.sqrt(5)]
+    assert row(text.split("## What the parts")[1], "GenSCL, mixup-cutmix, unchanged")[:2] == ["5", "62.00 ± 1.58"]
     cells = row(text, "GenSCL, mixup-cutmix, hard labels")
     assert (cells[0], cells[3]) == ("5", f"**-2.20 [{-2.2 - half:+.2f}, {-2.2 + half:+.2f}]**")
     assert row(text, "GenSCL, mixup-cutmix, empty anchors ignore")[3] == "the same weights, bit for bit"
