@@ -446,7 +446,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hard-labels", action="store_true", help="mix images only: the label is that of the larger share")
     add("--smoothing", type=float, default=0.0, help="share of the label that is spread over all classes")
     add("--temperature", type=float, default=0.1, help="of the contrastive losses")
-    add("--queue-size", type=int, default=0, help="contrast with so many embeddings of earlier steps, too")
+    add(
+        "--queue-size",
+        type=int,
+        default=0,
+        help="contrast with so many embeddings of earlier steps, too, which come from older weights: they can harm",
+    )
     add("--empty-anchors", choices=("zero", "ignore"), default="zero", help="what anchors without positives count")
     add("--teacher", type=Path, help="checkpoint of a network that gives logits")
     add("--teacher-model", help="module:function that makes it, for a file of weights only")

@@ -247,3 +247,14 @@ def test_the_pages_have_the_numbers_of_the_committed_runs():
             for judge in report_training.JUDGES
         ]
         assert row(page, name) == cells
+    for name, variant in {
+        "hard labels: mixed images, each of the class of the larger share": "mix,hard_labels=True",
+        "smoothing 0.1 after mixing": "mix,smoothing=0.1",
+        "a queue of 1,024 rows, four steps of the same encoder": "mix,queue_size=1024",
+        "a queue of one row, the control for it": "mix,queue_size=1",
+        '`empty_anchors="ignore"`, where no anchor is empty': "mix,empty_anchors=ignore",
+    }.items():
+        runs = report.of("ablation", variant), report.of("few", "mix")
+        changes = [report_training.difference(*runs, judge) for judge in report_training.JUDGES]
+        assert row(page, name)[:2] == [change.strip("*") for change in changes], name
+        assert row(page, name)[2].startswith("harms") == all(change.startswith("**-") for change in changes), name
