@@ -222,10 +222,10 @@ class Report:
         if source != stage and base_results:
             cells = [mean_and_spread([accuracy(result, judge) for result in base_results.values()]) for judge in JUDGES]
             rows.append([f"{self.variants(source)[base]}, unchanged", str(len(base_results)), *cells, "", ""])
+        changed = {run.variant for run in self.plan.stage(stage) if run.options}  # all but the base and its teacher
         for variant, results in self.results[stage].items():
-            run = next(run for run in self.plan.stage(stage) if run.variant == variant)
-            if not run.options and variant != base:
-                continue  # a teacher
+            if variant not in changed | {base}:
+                continue
             cells = [mean_and_spread([accuracy(result, judge) for result in results.values()]) for judge in JUDGES]
             compared = [difference(results, base_results, judge) for judge in JUDGES]
             shared = results.keys() & base_results.keys()
@@ -236,7 +236,7 @@ class Report:
         better = [
             titles[variant]
             for variant, results in self.results[stage].items()
-            if (shared := results.keys() & base_results.keys()) and variant != base and shared == base_results.keys()
+            if (shared := results.keys() & base_results.keys()) and variant in changed and shared == base_results.keys()
             if all(value >= POOR for judge in JUDGES for value in differences(results, base_results, judge))
         ]
         words = (
