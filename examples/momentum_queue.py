@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads gain little here, 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: its default arguments keep a group that exists, and gloo's threads, to the very end
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression

@@ -26,6 +26,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: its default arguments keep a group that exists, and gloo's threads, to the very end
 import torch.nn.functional as F
 from cifar_data import CIFAR, DataError, Images, Subset, load, make_augmentation
 from matplotlib.figure import Figure

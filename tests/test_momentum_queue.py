@@ -28,13 +28,14 @@ TORCHRUN = [
     "localhost:0",
     "--nproc-per-node",
 ]
+WITHOUT_THREADS = str(ROOT / "tests" / "without_threads.py")
 STATE = {"model", "momentum_model", "queue", "optimizer", "losses"}
 
 
 def run(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-    launcher = [] if processes == 1 else [*TORCHRUN, str(processes)]
+    launcher = [] if processes == 1 else [*TORCHRUN, str(processes), WITHOUT_THREADS]
     command = [sys.executable, *launcher, str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=60)
 

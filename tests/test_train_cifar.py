@@ -41,6 +41,7 @@ from PIL import Image  # noqa: E402
 TINY = ["--arch", "tiny", "--batch-size", "16", "--epochs", "1", "--knn-every", "1", "--amp", "off", "--device", "cpu"]
 ONE_MIX = [mix for mix in train_cifar.MIXES if mix not in ("none", "mixup_cutmix")]
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+WITHOUT_THREADS = str(ROOT / "tests" / "without_threads.py")
 pytestmark = [
     # Of kornia's own calls, and of torch's compiler, which kornia imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -90,7 +91,7 @@ def refusal(data: Path | str, out: Path, *options: str) -> str:
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:
-    launcher = [] if processes == 1 else [*TORCHRUN, "--nproc-per-node", str(processes)]
+    launcher = [] if processes == 1 else [*TORCHRUN, "--nproc-per-node", str(processes), WITHOUT_THREADS]
     return [sys.executable, *launcher, str(SCRIPT), *TINY, *arguments]
 
 
