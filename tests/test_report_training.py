@@ -260,3 +260,15 @@ def test_the_pages_have_the_numbers_of_the_committed_runs():
         changes = [report_training.difference(*runs, judge) for judge in report_training.JUDGES]
         assert row(page, name)[:2] == [change.strip("*") for change in changes], name
         assert row(page, name)[2].startswith("harms") == all(change.startswith("**-") for change in changes), name
+    for name, variant in {
+        "temperature 0.07 (default: 0.1)": "temperature=0.07",
+        "temperature 0.2": "temperature=0.2",
+        "temperature 0.5": "temperature=0.5",
+        "projection to 32 (128)": "projection=32",
+        "projection to 512": "projection=512",
+        "teacher's weight 0.5 (1)": "teacher_weight=0.5",
+        "teacher's weight 2": "teacher_weight=2",
+        "the teacher's labels alone": "teacher_weight=inf",
+    }.items():
+        runs = report.of("sweep", f"kd,{variant}"), report.of("sweep", "kd")
+        assert row(page, name) == [report_training.difference(*runs, judge) for judge in report_training.JUDGES], name
