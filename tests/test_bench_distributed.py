@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "bench_distributed.py"
 COMMITTED = sorted(ROOT.glob("benchmarks/results/*/bench_distributed_*.json"))
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+WITHOUT_THREADS = str(ROOT / "tests" / "without_threads.py")
 NAMES = {"group", "plain", "own_rows", "dense", "auto"}
 
 
@@ -39,7 +40,7 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
 def smoke(tmp_path_factory) -> tuple[str, dict[str, Any]]:
     """What the smoke run on two processes printed, and its report."""
     folder = tmp_path_factory.mktemp("bench")
-    done = start(*LAUNCHER, str(SCRIPT), "--out", str(folder), "--smoke")
+    done = start(*LAUNCHER, WITHOUT_THREADS, str(SCRIPT), "--out", str(folder), "--smoke")
     assert done.returncode == 0, done.stderr
     (path,) = folder.iterdir()
     return done.stdout, json.loads(path.read_text())
