@@ -10,13 +10,14 @@ from pathlib import Path
 
 TASKS = Path("/proc/self/task")  # of Linux; elsewhere nothing is looked at
 
-sys.argv = sys.argv[1:]
-sys.path[0] = str(Path(sys.argv[0]).parent)  # as Python itself does for a script
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    if end.code:
-        raise
-names = [(task / "comm").read_text().strip() for task in TASKS.iterdir()] if TASKS.exists() else []
-if left := [name for name in names if "gloo" in name]:
-    sys.exit(f"threads are left: {left}")
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)  # as Python itself does for a script
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    names = [(task / "comm").read_text().strip() for task in TASKS.iterdir()] if TASKS.exists() else []
+    if left := [name for name in names if "gloo" in name]:
+        sys.exit(f"threads are left: {left}")
