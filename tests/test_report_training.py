@@ -18,6 +18,7 @@ import report_training  # noqa: E402
 from training_plan import PLAN, Plan, Run  # noqa: E402
 
 HEAD = ["cpu", "cpu_capability"], ["torch", "python"]
+COMPARISONS = ("scarce", "few", "more")  # the regimes that the pages show side by side
 
 
 def write(plan: Plan, run: Run, linear: float, knn: float, curve: list[float], weights: str = "") -> None:
@@ -236,7 +237,7 @@ def test_the_pages_have_the_numbers_of_the_committed_runs():
     }.items():
         judged = [
             [report_training.accuracy(run, judge) for run in report.of(stage, method).values()]
-            for stage in ("scarce", "few")
+            for stage in COMPARISONS
             for judge in report_training.JUDGES
         ]
         assert row(page, name) == [report_training.mean_and_spread(values) for values in judged], name
@@ -245,7 +246,7 @@ def test_the_pages_have_the_numbers_of_the_committed_runs():
     for name, (one, other) in zip(names, report_training.HYPOTHESES, strict=True):
         cells = [
             report_training.difference(report.of(stage, one), report.of(stage, other), judge).strip("*")
-            for stage in ("scarce", "few")
+            for stage in COMPARISONS
             for judge in report_training.JUDGES
         ]
         assert row(page, name) == cells
