@@ -457,7 +457,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", type=Path, help="checkpoint of a network that gives logits")
     add("--teacher-model", help="module:function that makes it, for a file of weights only")
     add("--trust-teacher", action="store_true", help="the file may run code: for a whole module that was saved")
-    add("--teacher-weight", type=float, default=1.0, help="of its term, with few images 1 or more; inf: no other term")
+    add("--teacher-weight", type=float, default=1.0, help="of its term; with few images 0.5 was worse; inf: alone")
     add("--teacher-temperature", type=float, default=1.0, help="of the teacher's probabilities")
     add("--arch", default="resnet18", help=f"{', '.join(ENCODERS)}, or module:function")
     add("--projection", type=int, default=128, help="width of the embeddings, which the head of two layers makes")
