@@ -5,7 +5,7 @@ them are the test set. From the others, each seed draws a few labelled images pe
 draw, encoder, augmentation, optimizer, steps and images per step are the same for all four. The frozen encoder is then
 judged by a linear probe and by nearest neighbours, fitted on the same labelled images and scored on the test set.
 
-    python examples/digits_demo.py             # about two minutes
+    python examples/digits_demo.py             # three to four minutes
     python examples/digits_demo.py --smoke     # seconds: does it run at all?
 """
 
